@@ -1,0 +1,162 @@
+"""What flows from the log to the model: jagged lists, the rows of one side, and batches of both sides.
+
+U users   B rows   F ids a row   K numbers a row   n either of U and B
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+PADDING, UNKNOWN, MISSING, FIRST_ID = 0, 1, 2, 3  # row ids with the same meaning in every table
+
+
+@dataclass(frozen=True)
+class Jagged:
+    """Lists of different lengths: list i is values[offsets[i]:offsets[i + 1]]; values may have trailing dimensions."""
+
+    values: Tensor  # [total, ...]
+    offsets: Tensor  # [n + 1] int64
+
+    def __len__(self) -> int:
+        return self.offsets.numel() - 1
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.offsets.diff()
+
+    @staticmethod
+    def from_lengths(values: Tensor, lengths: Tensor) -> Jagged:
+        return Jagged(values, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))
+
+    def take(self, index: Tensor) -> Jagged:
+        """The lists at `index` [m], in that order."""
+        lengths = self.lengths[index]
+        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        total = int(offsets[-1])
+        shift = self.offsets[:-1][index] - offsets[:-1]
+        position = torch.arange(total, device=index.device) + torch.repeat_interleave(shift, lengths, output_size=total)
+        return Jagged(self.values[position], offsets)
+
+    def padded(self, fill: float = 0) -> tuple[Tensor, Tensor]:
+        """Values as [n, L, ...] filled at the end, and the mask [n, L] of real entries; L is the longest list (>= 1)."""
+        lengths = self.lengths
+        longest = max(int(lengths.max()) if len(self) else 0, 1)
+        mask = torch.arange(longest, device=lengths.device) < lengths[:, None]
+        out = self.values.new_full((*mask.shape, *self.values.shape[1:]), fill)
+        out[mask] = self.values
+        return out, mask
+
+    @staticmethod
+    def cat(parts: Sequence[Jagged]) -> Jagged:
+        return Jagged.from_lengths(torch.cat([p.values for p in parts]), torch.cat([p.lengths for p in parts]))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Jagged:
+        return Jagged(change(self.values), change(self.offsets))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The encoded features of one side; the Layout names the columns of `ids` and `numbers`."""
+
+    side: str  # "user" or "item"
+    ids: Tensor  # [n, F] one id per feature, set by the encoder
+    numbers: Tensor  # [n, K] float32 standardised, NaN where missing, for linear numeric features
+    lists: dict[str, Jagged]  # multi-valued features: values [total]; sequences: values [total, fields]
+    times: dict[str, Jagged]  # sequences that keep times: values [total] seconds
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    def take(self, index: Tensor) -> Rows:
+        return Rows(
+            self.side,
+            self.ids[index],
+            self.numbers[index],
+            {name: jagged.take(index) for name, jagged in self.lists.items()},
+            {name: jagged.take(index) for name, jagged in self.times.items()},
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[Rows]) -> Rows:
+        first = parts[0]
+        return Rows(
+            first.side,
+            torch.cat([p.ids for p in parts]),
+            torch.cat([p.numbers for p in parts]),
+            {name: Jagged.cat([p.lists[name] for p in parts]) for name in first.lists},
+            {name: Jagged.cat([p.times[name] for p in parts]) for name in first.times},
+        )
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Rows:
+        return Rows(
+            self.side,
+            change(self.ids),
+            change(self.numbers),
+            {name: jagged.map(change) for name, jagged in self.lists.items()},
+            {name: jagged.map(change) for name, jagged in self.times.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Each user's state once, its rows beside it: training batches, and requests (U = 1, B candidates)."""
+
+    user: Rows  # U rows
+    items: Rows  # B rows
+    user_of_row: Tensor  # [B] int64, row of `user`
+    labels: Tensor  # [B, tasks] float32, 0 or 1; set by the encoder, 0 in a request
+    weights: Tensor  # [B, tasks] float32, 0 where masked or missing
+    users: Tensor  # [B] int64, a stable code of the user column: what UAUC and the bootstrap group by
+    index: Tensor  # [B] int64, the row's number in the files it came from
+
+    def __len__(self) -> int:
+        return self.user_of_row.numel()
+
+    def take(self, index: Tensor) -> Batch:
+        """The rows at `index` [m] in that order, with only the users they need, each once."""
+        present, user_of_row = torch.unique(self.user_of_row[index], return_inverse=True)
+        return Batch(
+            self.user.take(present),
+            self.items.take(index),
+            user_of_row,
+            self.labels[index],
+            self.weights[index],
+            self.users[index],
+            self.index[index],
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[Batch]) -> Batch:
+        if len(parts) == 1:
+            return parts[0]
+        shifts = [0]
+        for part in parts:
+            shifts.append(shifts[-1] + len(part.user))
+        return Batch(
+            Rows.cat([p.user for p in parts]),
+            Rows.cat([p.items for p in parts]),
+            torch.cat([p.user_of_row + shift for p, shift in zip(parts, shifts)]),
+            *(torch.cat([getattr(p, f) for p in parts]) for f in ("labels", "weights", "users", "index")),
+        )
+
+    def unshared(self) -> Batch:
+        """The same rows with the user side repeated for each of them (U = B)."""
+        return replace(self, user=self.user.take(self.user_of_row), user_of_row=torch.arange(len(self)))
+
+    def to(self, device: torch.device | str) -> Batch:
+        def move(value: Tensor) -> Tensor:
+            return value.to(device, non_blocking=True)
+
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{k: v.map(move) if isinstance(v, Rows) else move(v) for k, v in moved.items()})
+
+
+class Outputs(NamedTuple):
+    """What a ranking model says of each row."""
+
+    logits: Tensor  # [B, tasks]

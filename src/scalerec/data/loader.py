@@ -1,0 +1,135 @@
+"""Rows -> training batches: shuffled within a window, the same for the same seed, resumed at an exact batch."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+
+from scalerec.batch import Batch
+from scalerec.data.reader import Rows
+from scalerec.data.split import Part
+from scalerec.features.encoder import Encoder
+
+T = TypeVar("T")
+
+
+class Position(NamedTuple):
+    """Where the next batch begins: the piece at which its window starts, and a row of that shuffled window."""
+
+    piece: int = 0
+    row: int = 0
+
+
+class Loader:
+    """Batches of one part.
+
+    A window is as many pieces as it takes to hold `window_rows`; an epoch is the windows' shuffled rows one after the
+    other, cut into batches of `batch_size` (the last one smaller). With several processes each takes every
+    `world`-th row of every batch, so that together they see what one process would.
+    """
+
+    def __init__(
+        self, rows: Rows, encoder: Encoder, part: Part, batch_size: int, *, seed: int | None = None,
+        window_rows: int = 131_072, rank: int = 0, world: int = 1,
+    ):  # fmt: skip
+        self.rows, self.encoder, self.part, self.batch_size = rows, encoder, part, batch_size
+        self.seed = seed  # None: the order of the files
+        self.window_rows, self.rank, self.world = window_rows, rank, world
+        columns = [*encoder.schema.input_columns(), *encoder.schema.label_columns()]
+        self.columns = list(dict.fromkeys(columns))
+
+    def epoch(self, epoch: int = 0, start: Position = Position()) -> Iterator[tuple[Batch, Position]]:
+        """Batches from `start` on, each with the position after it."""
+        return ahead(self._batches(epoch, start), 4)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (batch for batch, _ in self.epoch())
+
+    def _batches(self, epoch: int, start: Position) -> Iterator[tuple[Batch, Position]]:
+        rest: list[Batch] = []
+        held, row = 0, start.row
+        here = start
+        for piece, window in ahead(self._windows(epoch, start.piece), 1):
+            while row < len(window):
+                take = min(self.batch_size - held, len(window) - row)
+                rest.append(window.take(torch.arange(row, row + take)))
+                held, row = held + take, row + take
+                here = Position(piece, row)
+                if held == self.batch_size:
+                    yield self._mine(Batch.cat(rest)), here
+                    rest, held = [], 0
+            row = 0
+        if held:
+            yield self._mine(Batch.cat(rest)), here
+
+    def _mine(self, batch: Batch) -> Batch:
+        return batch if self.world == 1 else batch.take(torch.arange(self.rank, len(batch), self.world))
+
+    def _windows(self, epoch: int, start: int) -> Iterator[tuple[int, Batch]]:
+        """(first piece, shuffled rows) of each window."""
+        order = None
+        if self.seed is not None:
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows.row_groups)).tolist()
+        parts: list[Batch] = []
+        first, held = start, 0
+        for piece in self.rows.pieces(self.part, self.columns, order, start):
+            if not parts:
+                first = piece.number
+            if piece.rows.num_rows:
+                where, file_first = str(piece.group.file), piece.group.file_first
+                parts.append(self.encoder.encode(piece.rows, index=piece.index, where=where, first=file_first))
+                held += piece.rows.num_rows
+            if held >= self.window_rows:
+                yield first, self._shuffled(parts, epoch, first)
+                parts, held = [], 0
+        if parts:
+            yield first, self._shuffled(parts, epoch, first)
+
+    def _shuffled(self, parts: list[Batch], epoch: int, first: int) -> Batch:
+        window = Batch.cat(parts)
+        if self.seed is None:
+            return window
+        order = np.random.default_rng([self.seed, epoch, first]).permutation(len(window))
+        return window.take(torch.from_numpy(order))
+
+
+def ahead(items: Iterable[T], depth: int) -> Iterator[T]:
+    """The same items, made by a thread that stays up to `depth` of them ahead; its errors are raised here."""
+    ready: queue.Queue = queue.Queue(depth)
+    stop = threading.Event()
+    done = object()
+
+    def put(value: object) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put(value, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put((item, None)):
+                    return
+            put((done, None))
+        except BaseException as error:
+            put((done, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            if item is done:
+                return
+            yield item
+    finally:
+        stop.set()

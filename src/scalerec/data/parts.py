@@ -1,0 +1,32 @@
+"""Prepared rows on disk: Parquet parts that are read in the order of their names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ROW_GROUP = 65_536
+GROUPS_A_PART = 16
+
+
+def write_parts(folder: Path, pieces: Iterable[pa.Table]) -> int:
+    """Write pieces of ROW_GROUP rows (the last may be shorter) as part-00000.parquet, ...; how many rows there are."""
+    rows, groups = 0, 0
+    writer: pq.ParquetWriter | None = None
+    try:
+        for piece in pieces:
+            if groups % GROUPS_A_PART == 0:
+                if writer is not None:
+                    writer.close()
+                part = folder / f"part-{groups // GROUPS_A_PART:05d}.parquet"
+                writer = pq.ParquetWriter(part, piece.schema, compression="zstd")
+            assert writer is not None
+            writer.write_table(piece, row_group_size=ROW_GROUP)
+            rows, groups = rows + piece.num_rows, groups + 1
+    finally:
+        if writer is not None:
+            writer.close()
+    return rows

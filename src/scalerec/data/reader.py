@@ -1,0 +1,189 @@
+"""Parquet -> Arrow rows, piece by piece: files may be larger than memory, a broken one is named."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from scalerec.data.source import Prepared, Source
+from scalerec.data.split import PARTS, NoSplit, Part, Split
+from scalerec.errors import InputError
+from scalerec.schema import Schema
+
+PIECE_ROWS = 65_536
+
+
+def find_parquet(path: str | Path) -> list[Path]:
+    """The Parquet files of a file, a folder or a glob, in the order of their names; InputError when there are none."""
+    path = Path(path)
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*.parquet") if not p.name.startswith((".", "_")))
+    elif path.exists():
+        found = [path]
+    else:
+        found = sorted(path.parent.glob(path.name)) if path.parent.is_dir() else []
+    if not found:
+        raise InputError(f"{path}: no Parquet file there")
+    return found
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Where a row group lies, and the number of its first row in all the files."""
+
+    file: Path
+    number: int
+    first: int
+    rows: int
+    file_first: int  # number of the file's first row
+
+
+class Piece(NamedTuple):
+    """Some rows of one part."""
+
+    number: int  # counted along the order of reading
+    rows: pa.RecordBatch
+    index: np.ndarray  # [n] their numbers in all the files
+    group: RowGroup
+
+
+class Rows:
+    """The rows of a source, part by part; `counts` says what was left out."""
+
+    def __init__(self, files: Sequence[Path], split: Split, *, skip_bad_shards: bool = False):
+        self.split = split
+        self.skip_bad_shards = skip_bad_shards
+        self.counts: Counter[str] = Counter()
+        self.row_groups: list[RowGroup] = []
+        self.columns: list[str] = []
+        first = 0
+        for file in files:
+            try:
+                metadata = pq.read_metadata(file)
+            except (pa.ArrowException, OSError) as error:
+                self._bad(file, error)
+                continue
+            self.columns = self.columns or metadata.schema.to_arrow_schema().names
+            file_first = first
+            for number in range(metadata.num_row_groups):
+                rows = metadata.row_group(number).num_rows
+                self.row_groups.append(RowGroup(file, number, first, rows, file_first))
+                first += rows
+        self.num_rows = first
+        if not first:
+            raise InputError(f"{', '.join(map(str, files))}: no rows to read")
+
+    @staticmethod
+    def of(source: Source, prepared: Prepared, *, skip_bad_shards: bool = False) -> Rows:
+        return Rows(prepared.files, source.split, skip_bad_shards=skip_bad_shards)
+
+    def whole(self) -> Rows:
+        """The same files without a split."""
+        rows = object.__new__(Rows)
+        rows.__dict__ = {**self.__dict__, "split": NoSplit(), "counts": Counter()}
+        return rows
+
+    def pieces(
+        self, part: Part, columns: Sequence[str] | None = None, order: Sequence[int] | None = None, start: int = 0
+    ) -> Iterator[Piece]:
+        """Rows of a part, row groups in `order`, pieces counted from 0, from `start` on.
+
+        Raises:
+            InputError: a file cannot be read (unless bad shards are skipped), a column is not there.
+        """
+        wanted = list(columns) if columns is not None else None
+        piece = 0
+        for index in order if order is not None else range(len(self.row_groups)):
+            group = self.row_groups[index]
+            last = piece + -(-group.rows // PIECE_ROWS)
+            if last <= start:
+                piece = last
+                continue
+            for number, rows in enumerate(self._read(group, wanted)):
+                if piece + number >= start:
+                    first = group.first + number * PIECE_ROWS
+                    yield Piece(piece + number, *self._part(rows, part, first, group), group)
+            piece = last
+
+    def batches(self, part: Part, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+        for piece in self.pieces(part, columns):
+            yield piece.rows
+
+    def _read(self, group: RowGroup, wanted: list[str] | None) -> Iterator[pa.RecordBatch]:
+        try:
+            with pq.ParquetFile(group.file) as file:
+                names = file.schema_arrow.names
+                if wanted is not None:
+                    needed = [*wanted, *self._split_columns()]
+                    absent = [column for column in needed if column not in names]
+                    if absent:
+                        raise InputError(f"{group.file}: no column {absent[0]!r}; it has {', '.join(names[:30])}")
+                    wanted = [column for column in names if column in needed]
+                yield from file.iter_batches(PIECE_ROWS, row_groups=[group.number], columns=wanted)
+        except (pa.ArrowException, OSError) as error:
+            self._bad(group.file, error)
+
+    def _split_columns(self) -> list[str]:
+        column = getattr(self.split, "column", "") or getattr(self.split, "by", "")
+        return [column] if column else []
+
+    def _part(
+        self, rows: pa.RecordBatch, part: Part, first: int, group: RowGroup
+    ) -> tuple[pa.RecordBatch, np.ndarray]:
+        numbers = np.arange(first, first + rows.num_rows)
+        if isinstance(self.split, NoSplit):
+            return rows, numbers
+        try:
+            mine = self.split.part_of(rows, first) == PARTS.index(part)
+        except InputError as error:
+            raise InputError(f"{group.file}: {error}") from None
+        return (rows, numbers) if mine.all() else (rows.filter(pa.array(mine)), numbers[mine])
+
+    def _bad(self, file: Path, error: Exception) -> None:
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if not self.skip_bad_shards:
+            raise InputError(f"{file}: not a readable Parquet file ({line}); repair it or pass --skip-bad-shards")
+        self.counts[f"{file}: unreadable, left out"] = 1
+
+
+@dataclass(frozen=True)
+class PartCounts:
+    rows: int
+    positives: dict[str, int]  # by task
+
+
+def count_parts(rows: Rows, schema: Schema) -> dict[Part, PartCounts]:
+    """Rows and positive labels of each part, from the label columns alone."""
+    found: dict[Part, PartCounts] = {}
+    for part in PARTS:
+        total, positives = 0, {task.name: 0 for task in schema.tasks}
+        for batch in rows.batches(part, schema.label_columns()):
+            total += batch.num_rows
+            for task in schema.tasks:
+                values = batch.column(task.column)
+                if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)
+                        or pa.types.is_boolean(values.type) or pa.types.is_null(values.type)):  # fmt: skip
+                    raise InputError(f"label {task.column!r} is {values.type}, must be 0 or 1")
+                positives[task.name] += int(np.nansum(values.cast(pa.float64()).to_numpy(zero_copy_only=False)))
+        found[part] = PartCounts(total, positives)
+    return found
+
+
+def check_parts(parts: dict[Part, PartCounts]) -> None:
+    """InputError when a part is empty, or when training or validation holds one class only."""
+    for part, counts in parts.items():
+        if not counts.rows:
+            raise InputError(f"the {part} part holds no rows: move the cuts of --data.split")
+        for task, positives in counts.positives.items():
+            if part != "test" and positives in (0, counts.rows):
+                raise InputError(
+                    f"task {task!r}: all {counts.rows} {part} rows are of one class, so nothing can be measured: move "
+                    "the cuts of --data.split"
+                )

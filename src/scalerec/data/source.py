@@ -1,0 +1,71 @@
+"""A source of rows: its schema, its split, and how its Parquet comes to be on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from scalerec.config import Component
+from scalerec.data.split import Split
+from scalerec.schema import Schema
+
+
+class Prepared(NamedTuple):
+    """Parquet files that are ready to be read, in this order, and what was noted while they were made."""
+
+    files: list[Path]
+    notes: dict[str, Any]
+
+
+class Source(Component):
+    """One data set = one file of `scalerec.data.sources`: a subclass gives `schema` and `build`."""
+
+    split: Split
+
+    def schema(self) -> Schema:
+        """What the columns of the prepared files mean."""
+        raise NotImplementedError
+
+    def build(self, folder: Path, progress: Callable[[str], None]) -> dict[str, Any]:
+        """Write Parquet files into the empty `folder` (read in the order of their names) and return notes for people."""
+        raise NotImplementedError
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that change the prepared files; by default all but the split."""
+        return self.model_dump(mode="json", exclude={"split"})
+
+    def prepare(self, progress: Callable[[str], None] = lambda message: None) -> Prepared:
+        """Build the files once, atomically, in the cache folder; later calls find them there."""
+        identity = json.dumps(self.identity(), sort_keys=True)
+        folder = cache_root() / self.kind / hashlib.sha256(identity.encode()).hexdigest()[:12]
+        if not (folder / "manifest.json").exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            building = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
+            try:
+                notes = self.build(building, progress)
+                manifest = {"source": json.loads(identity), "notes": notes}
+                (building / "manifest.json").write_text(json.dumps(manifest, indent=2))
+                if folder.exists():
+                    shutil.rmtree(folder)
+                building.rename(folder)
+            finally:
+                shutil.rmtree(building, ignore_errors=True)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        return Prepared(sorted(folder.glob("*.parquet")), manifest["notes"])
+
+
+def cache_root() -> Path:
+    """Where downloads and prepared files are kept: $SCALEREC_CACHE, else ~/.cache/scalerec."""
+    return Path(os.environ.get("SCALEREC_CACHE") or Path.home() / ".cache" / "scalerec")
+
+
+def data_root() -> Path | None:
+    """A folder with data sets that are already on this machine: $SCALEREC_DATA."""
+    root = os.environ.get("SCALEREC_DATA")
+    return Path(root) if root else None

@@ -1,0 +1,109 @@
+"""Which rows train, which validate, which test: cut in time (the default for logs) or at random."""
+
+from __future__ import annotations
+
+from datetime import date, datetime, timezone
+from typing import Annotated, Literal, Union
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field, model_validator
+
+from scalerec.errors import InputError
+from scalerec.features.hashing import hash_column, mix
+from scalerec.schema import Frozen
+
+Part = Literal["train", "validation", "test"]
+PARTS: tuple[Part, ...] = ("train", "validation", "test")
+
+Moment = Union[int, float, date, datetime]
+
+
+class TimeSplit(Frozen):
+    """Rows before `validation` train, those before `test` validate, the rest test; never a later row in training."""
+
+    kind: Literal["time"] = "time"
+    column: str
+    validation: Moment  # in the column's own unit, or an ISO date
+    test: Moment
+
+    def part_of(self, rows: pa.RecordBatch, first: int) -> np.ndarray:
+        """The part of each row [n] as an index into PARTS; `first` is the number of the first row in the files."""
+        times = seconds(rows, self.column)
+        unit = 1.0 if _is_number(rows, self.column) else None
+        cuts = [_moment(value, unit, self.column) for value in (self.validation, self.test)]
+        return np.searchsorted(np.asarray(cuts), times, side="right").astype(np.int8)
+
+
+class RandomSplit(Frozen):
+    """Rows, or all rows of one user together, drawn by a hash: the same rows whatever the order of reading."""
+
+    kind: Literal["random"] = "random"
+    by: str = ""  # a column whose equal values stay together; default: single rows
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    test: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    seed: int = 0
+
+    def part_of(self, rows: pa.RecordBatch, first: int) -> np.ndarray:
+        if self.by:
+            keys = hash_column(_column(rows, self.by))
+        else:
+            keys = np.arange(first, first + rows.num_rows, dtype=np.uint64)
+        uniform = mix(keys, self.seed).astype(np.float64) / 2.0**64
+        cuts = [1.0 - self.validation - self.test, 1.0 - self.test]
+        return np.searchsorted(np.asarray(cuts), uniform, side="right").astype(np.int8)
+
+    @model_validator(mode="after")
+    def _room_for_training(self) -> RandomSplit:
+        if self.validation + self.test >= 1:
+            raise ValueError("validation + test leave nothing to train on: lower them")
+        return self
+
+
+class NoSplit(Frozen):
+    """Every row belongs to every part: for files that are only evaluated or scored."""
+
+    kind: Literal["none"] = "none"
+
+    def part_of(self, rows: pa.RecordBatch, first: int) -> np.ndarray:
+        return np.zeros(rows.num_rows, np.int8)
+
+
+Split = Annotated[Union[TimeSplit, RandomSplit, NoSplit], Field(discriminator="kind")]
+
+
+def seconds(rows: pa.RecordBatch, column: str) -> np.ndarray:
+    """A time column as float64 [n]: numbers in their own unit, timestamps and dates in seconds since 1970."""
+    values = _column(rows, column)
+    if pa.types.is_timestamp(values.type) or pa.types.is_date(values.type):
+        micros = values.cast(pa.timestamp("us"), safe=False).cast(pa.int64())
+        times = micros.to_numpy(zero_copy_only=False).astype(np.float64) / 1e6
+    elif pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
+        times = values.cast(pa.float64()).to_numpy(zero_copy_only=False)
+    else:
+        raise InputError(f"column {column!r} is {values.type}, not a time: use a number, a date or a timestamp column")
+    missing = np.flatnonzero(~np.isfinite(times) | pc.is_null(values).to_numpy(zero_copy_only=False))
+    if missing.size:
+        raise InputError(f"column {column!r}, row {missing[0]} of a batch: no time; drop such rows or choose another column")
+    return times
+
+
+def _column(rows: pa.RecordBatch, column: str) -> pa.Array:
+    if column not in rows.schema.names:
+        raise InputError(f"no column {column!r} in the files: it has {', '.join(rows.schema.names[:20])}")
+    return rows.column(column)
+
+
+def _is_number(rows: pa.RecordBatch, column: str) -> bool:
+    return pa.types.is_integer(rows.schema.field(column).type) or pa.types.is_floating(rows.schema.field(column).type)
+
+
+def _moment(value: Moment, unit: float | None, column: str) -> float:
+    if isinstance(value, (int, float)):
+        return float(value)
+    if unit is not None:
+        raise InputError(f"split: column {column!r} holds numbers, so its cuts must be numbers too, not {value}")
+    if not isinstance(value, datetime):
+        value = datetime(value.year, value.month, value.day)
+    return (value if value.tzinfo else value.replace(tzinfo=timezone.utc)).timestamp()

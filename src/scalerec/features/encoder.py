@@ -1,0 +1,337 @@
+"""Raw rows -> Batch: fitted once on the training rows, the same code in training and in serving."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from scalerec import config
+from scalerec.batch import MISSING, UNKNOWN, Batch, Jagged, Rows
+from scalerec.errors import InputError
+from scalerec.features.hashing import hash_column, mix
+from scalerec.features.layout import FeatureLayout, GroupLayout, Layout, Table
+from scalerec.features.lists import last, lists
+from scalerec.features.numeric import NumericFit, NumericStatistics, bucket, numbers, standardise
+from scalerec.features.vocabulary import HashVocabulary, ValueCounts, Vocabulary
+from scalerec.schema import Categorical, Cross, Feature, Frozen, MultiCategorical, Numeric, Schema, Sequence
+
+
+class _Fitted(Frozen):
+    """The part of an encoder that is small enough for JSON."""
+
+    schema_: Schema
+    numerics: dict[str, NumericFit]
+
+
+class Encoder:
+    """Turns Arrow rows into a Batch by a fitted schema; `counts` says what was unknown, repaired or cut on the way."""
+
+    def __init__(self, schema: Schema, vocabularies: dict[str, Vocabulary], numerics: dict[str, NumericFit]):
+        self.schema = schema
+        self.vocabularies = vocabularies  # of dictionaries, by feature name
+        self.numerics = numerics
+        self.counts: Counter[str] = Counter()
+
+    # -- fitting
+
+    @staticmethod
+    def fit(schema: Schema, rows: Iterable[pa.RecordBatch]) -> Encoder:
+        """Read the training rows once; memory grows with the number of distinct values, not of rows."""
+        counts, statistics = _collect(schema, rows)
+        vocabularies = {
+            feature.name: counts[feature.name].vocabulary(feature.min_count)
+            for feature in schema.features
+            if feature.name in counts and isinstance(feature, (Categorical, MultiCategorical))
+        }
+        return Encoder(schema, vocabularies, {name: value.fit() for name, value in statistics.items()})
+
+    def grown(self, rows: Iterable[pa.RecordBatch]) -> Encoder:
+        """With the dictionary values of later rows appended; buckets stay where they are, old ids keep their meaning."""
+        counts, _ = _collect(self.schema, rows, self.vocabularies)
+        vocabularies = {}
+        for name, vocabulary in self.vocabularies.items():
+            feature = self.schema.feature(name)
+            assert isinstance(feature, (Categorical, MultiCategorical))
+            vocabularies[name] = vocabulary.grown(counts[name].vocabulary(feature.min_count).values)
+        return Encoder(self.schema, vocabularies, self.numerics)
+
+    # -- encoding
+
+    def encode(
+        self, rows: pa.RecordBatch, *, index: np.ndarray | None = None, where: str = "rows", first: int = 0,
+        labels: bool = True,
+    ) -> Batch:  # fmt: skip
+        """A Batch of all `rows`, equal user sides shared.
+
+        `index` numbers the rows (default: from 0); an error names `where` and the row's number less `first`.
+
+        Raises:
+            InputError: a column is missing or of the wrong type, a label is not 0 or 1, lists differ in length.
+        """
+        columns = self.schema.input_columns() + (self.schema.label_columns() if labels else [])
+        missing = [column for column in columns if column not in rows.schema.names]
+        if missing:
+            raise InputError(f"{where}: no column {missing[0]!r}; it has {', '.join(rows.schema.names[:30])}")
+        self.counts["rows"] += rows.num_rows
+        n, tasks = rows.num_rows, len(self.schema.tasks)
+        index = np.arange(n) if index is None else index
+        user, items = (self._rows(rows, side, where) for side in ("user", "item"))
+        targets, weights = self._targets(rows, where, index - first) if labels else (torch.zeros(n, tasks),) * 2
+        representatives, user_of_row = _share(user)
+        return Batch(
+            user.take(representatives),
+            items,
+            user_of_row,
+            targets,
+            weights,
+            torch.from_numpy(hash_column(rows.column(self.schema.user)).view(np.int64)),
+            torch.from_numpy(index),
+        )
+
+    def _rows(self, rows: pa.RecordBatch, side: str, where: str) -> Rows:
+        n = rows.num_rows
+        ids, values = [], []
+        multi: dict[str, Jagged] = {}
+        times: dict[str, Jagged] = {}
+        for feature in (f for group in self.schema.groups if group.side == side for f in group.features):
+            if isinstance(feature, Sequence):
+                multi[feature.name] = self._sequence(feature, rows, where)
+                if feature.time_column:
+                    flat, lengths = lists(rows.column(feature.time_column), feature.time_column)
+                    keep, lengths = last(lengths, feature.max_len)
+                    stamps, _ = numbers(flat.take(pa.array(keep)), feature.time_column)
+                    times[feature.name] = Jagged.from_lengths(torch.from_numpy(stamps), torch.from_numpy(lengths))
+                    if not torch.equal(times[feature.name].offsets, multi[feature.name].offsets):
+                        raise InputError(f"{where}: lists {feature.time_column!r} and those of {feature.name!r} differ")
+            elif isinstance(feature, MultiCategorical):
+                multi[feature.name] = self._multi(feature, rows)
+            elif isinstance(feature, Cross):
+                codes = np.zeros(n, np.uint64)
+                for column in feature.of:
+                    codes = mix(codes + hash_column(_normal(rows.column(column))))
+                ids.append((codes % np.uint64(feature.buckets)).astype(np.int64) + 3)
+            elif isinstance(feature, Numeric):
+                column = feature.column or feature.name
+                raw, repaired = numbers(rows.column(column), column)
+                if repaired:
+                    self.counts[f"{column}: NaN or infinite, read as missing"] += repaired
+                fit = self.numerics[feature.name]
+                if feature.encoding == "buckets":
+                    ids.append(bucket(raw, fit))
+                else:
+                    values.append(standardise(raw, fit, feature.log))
+            else:
+                ids.append(self._ids(feature, rows.column(feature.column or feature.name)))
+        return Rows(
+            side,
+            torch.from_numpy(np.stack(ids, 1) if ids else np.zeros((n, 0), np.int64)),
+            torch.from_numpy(np.stack(values, 1) if values else np.zeros((n, 0), np.float32)),
+            multi,
+            times,
+        )
+
+    def _ids(self, feature: Categorical | MultiCategorical, column: pa.Array) -> np.ndarray:
+        vocabulary = self._vocabulary(feature)
+        ids = vocabulary.ids(column, feature.column or feature.name)
+        unknown = int((ids == UNKNOWN).sum())
+        if unknown:
+            self.counts[f"{feature.name}: not in the vocabulary, read as unknown"] += unknown
+        return ids
+
+    def _vocabulary(self, feature: Categorical | MultiCategorical) -> Vocabulary | HashVocabulary:
+        if feature.vocabulary == "hash":
+            return HashVocabulary(feature.buckets)
+        return self.vocabularies[feature.name]
+
+    def _multi(self, feature: MultiCategorical, rows: pa.RecordBatch) -> Jagged:
+        column = feature.column or feature.name
+        flat, lengths = lists(rows.column(column), column, feature.separator)
+        keep, kept = last(lengths, feature.max_len)
+        if len(keep) < lengths.sum():
+            self.counts[f"{feature.name}: values beyond max_len, cut"] += int(lengths.sum()) - len(keep)
+        ids = self._ids(feature, flat.take(pa.array(keep)))
+        # A row without values carries the one id "missing", so that its vector is learned like any other.
+        out = np.full(int(np.maximum(kept, 1).sum()), MISSING, np.int64)
+        empty_at = (np.cumsum(np.maximum(kept, 1)) - 1)[kept == 0]
+        filled = np.ones(len(out), bool)
+        filled[empty_at] = False
+        out[filled] = ids
+        return Jagged.from_lengths(torch.from_numpy(out), torch.from_numpy(np.maximum(kept, 1)))
+
+    def _sequence(self, feature: Sequence, rows: pa.RecordBatch, where: str) -> Jagged:
+        fields, kept = [], np.zeros(0, np.int64)
+        for number, field in enumerate(feature.fields):
+            column = feature.column(field)
+            flat, lengths = lists(rows.column(column), column)
+            keep, lengths = last(lengths, feature.max_len)
+            if number and not np.array_equal(lengths, kept):
+                row = int(np.flatnonzero(lengths != kept)[0])
+                other = feature.column(feature.fields[0])
+                raise InputError(f"{where}, row {row}: lists {other!r} and {column!r} differ in length")
+            kept = lengths
+            of = self.schema.feature(field.of)
+            assert isinstance(of, Categorical)
+            fields.append(self._vocabulary(of).ids(flat.take(pa.array(keep)), column))
+        return Jagged.from_lengths(torch.from_numpy(np.stack(fields, 1)), torch.from_numpy(kept))
+
+    def _targets(self, rows: pa.RecordBatch, where: str, number: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        targets, weights = [], []
+        for task in self.schema.tasks:
+            label, _ = numbers(rows.column(task.column), task.column)
+            wrong = np.flatnonzero(~np.isin(label, (0, 1)) & ~np.isnan(label))
+            if wrong.size:
+                raise InputError(
+                    f"{where}, row {number[wrong[0]]}: label {task.column!r} is {label[wrong[0]]:g}, must be 0 or 1"
+                )
+            weight = np.ones(len(label)) if task.weight is None else numbers(rows.column(task.weight), task.weight)[0]
+            if task.mask is not None:
+                weight = weight * (numbers(rows.column(task.mask), task.mask)[0] != 0)
+            absent = np.isnan(label) | np.isnan(weight)
+            if absent.any():
+                self.counts[f"{task.column}: no label, row not counted in its task"] += int(absent.sum())
+            if (weight < 0).any():
+                raise InputError(f"{where}: weights {task.weight!r} hold negative values")
+            targets.append(np.where(absent, 0, label))
+            weights.append(np.where(absent, 0, weight))
+        return tuple(torch.from_numpy(np.stack(x, 1).astype(np.float32)) for x in (targets, weights))  # type: ignore
+
+    # -- shape and storage
+
+    @cached_property
+    def layout(self) -> Layout:
+        tables: dict[str, Table] = {}
+        groups = []
+        for group in self.schema.groups:
+            features = [self._feature_layout(feature, tables) for feature in group.features]
+            groups.append(GroupLayout(name=group.name, side=group.side, features=tuple(features)))
+        return Layout(
+            tables=tuple(tables.values()), groups=tuple(groups), tasks=tuple(task.name for task in self.schema.tasks)
+        )
+
+    def _feature_layout(self, feature: Feature, tables: dict[str, Table]) -> FeatureLayout:
+        if isinstance(feature, Sequence):
+            dims = [getattr(self.schema.feature(field.of), "dim", None) or self.schema.dim for field in feature.fields]
+            names = tuple(field.of for field in feature.fields)
+            return FeatureLayout(
+                name=feature.name, kind="sequence", width=sum(dims), tables=names, query=names,
+                max_len=feature.max_len, time=feature.time,
+            )  # fmt: skip
+        dim = feature.dim or self.schema.dim
+        if isinstance(feature, Numeric) and feature.encoding == "linear":
+            return FeatureLayout(name=feature.name, kind="number", width=dim)
+        if isinstance(feature, (Categorical, MultiCategorical)):
+            rows = self._vocabulary(feature).rows
+        else:
+            rows = 3 + feature.buckets
+        tables[feature.name] = Table(name=feature.name, rows=rows, dim=dim)
+        if isinstance(feature, MultiCategorical):
+            return FeatureLayout(
+                name=feature.name, kind="multi", width=dim, tables=(feature.name,), pooling=feature.pooling,
+                max_len=feature.max_len,
+            )  # fmt: skip
+        return FeatureLayout(name=feature.name, kind="id", width=dim, tables=(feature.name,))
+
+    def save(self, folder: Path) -> None:
+        """Write `encoder.json` and one Parquet file per dictionary into `folder`."""
+        (folder / "vocabulary").mkdir(parents=True, exist_ok=True)
+        fitted = _Fitted(schema_=self.schema, numerics=self.numerics)
+        (folder / "encoder.json").write_text(fitted.model_dump_json(indent=1))
+        for number, (name, vocabulary) in enumerate(self.vocabularies.items()):
+            table = pa.table({"value": vocabulary.values}, metadata={"feature": name})
+            pq.write_table(table, folder / "vocabulary" / f"{number:04d}.parquet", compression="zstd")
+
+    @staticmethod
+    def load(folder: Path) -> Encoder:
+        fitted = config.read(_Fitted, folder / "encoder.json")
+        vocabularies = {}
+        for path in sorted((folder / "vocabulary").glob("*.parquet")):
+            table = pq.read_table(path)
+            name = (table.schema.metadata or {})[b"feature"].decode()
+            vocabularies[name] = Vocabulary(table.column("value").combine_chunks())
+        return Encoder(fitted.schema_, vocabularies, fitted.numerics)
+
+    def same_as(self, other: Encoder) -> bool:
+        """Whether both turn every row into the same ids."""
+        return (
+            self.schema == other.schema
+            and self.numerics == other.numerics
+            and self.vocabularies.keys() == other.vocabularies.keys()
+            and all(v.values.equals(other.vocabularies[k].values) for k, v in self.vocabularies.items())
+        )
+
+    def describe_schema(self) -> str:
+        return json.dumps(self.schema.model_dump(mode="json"), indent=2)
+
+
+def _collect(
+    schema: Schema, rows: Iterable[pa.RecordBatch], known: dict[str, Vocabulary] | None = None
+) -> tuple[dict[str, ValueCounts], dict[str, NumericStatistics]]:
+    """One pass over the rows: how often each value of each dictionary occurs (in histories too), and the numbers."""
+    counts: dict[str, ValueCounts] = {}
+    statistics: dict[str, NumericStatistics] = {}
+    for feature in schema.features:
+        if isinstance(feature, (Categorical, MultiCategorical)) and feature.vocabulary == "dictionary":
+            counts[feature.name] = ValueCounts()
+            counts[feature.name].integer = known[feature.name].integer if known else None
+        elif isinstance(feature, Numeric):
+            statistics[feature.name] = NumericStatistics(feature)
+    for batch in rows:
+        missing = [column for column in schema.input_columns() if column not in batch.schema.names]
+        if missing:
+            raise InputError(f"no column {missing[0]!r}; the files have {', '.join(batch.schema.names[:30])}")
+        for feature in schema.features:
+            column = getattr(feature, "column", "") or feature.name
+            if isinstance(feature, Categorical) and feature.name in counts:
+                counts[feature.name].add(batch.column(column), column)
+            elif isinstance(feature, MultiCategorical) and feature.name in counts:
+                counts[feature.name].add(lists(batch.column(column), column, feature.separator)[0], column)
+            elif isinstance(feature, Numeric):
+                statistics[feature.name].add(numbers(batch.column(column), column)[0])
+            elif isinstance(feature, Sequence):
+                for field in feature.fields:
+                    if field.of in counts:
+                        flat, _ = lists(batch.column(feature.column(field)), feature.column(field))
+                        counts[field.of].add(flat, feature.column(field))
+    return counts, statistics
+
+
+def _normal(column: pa.Array) -> pa.Array:
+    """Whole floats hash like the integers they are."""
+    from scalerec.features.vocabulary import keys
+
+    return keys(column, "cross")
+
+
+def _share(user: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows with equal user sides once: their representatives [U], and the representative's number of each row [n]."""
+    code = np.zeros(len(user), np.uint64)
+    with np.errstate(over="ignore"):
+        for j in range(user.ids.shape[1]):
+            code = mix(code + user.ids[:, j].numpy().view(np.uint64))
+        for j in range(user.numbers.shape[1]):
+            code = mix(code + user.numbers[:, j].numpy().view(np.uint32))
+        for jagged in (*user.lists.values(), *user.times.values()):
+            values = jagged.values.contiguous().numpy()
+            values = values.reshape(len(values), -1).view(np.uint64)
+            lengths = jagged.lengths.numpy()
+            position = np.arange(len(values)) - np.repeat(jagged.offsets[:-1].numpy(), lengths)
+            mixed = mix(position.astype(np.uint64))
+            for j in range(values.shape[1]):
+                mixed = mix(mixed + values[:, j])
+            sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mixed, dtype=np.uint64)])
+            offsets = jagged.offsets.numpy()
+            code = mix(code + sums[offsets[1:]] - sums[offsets[:-1]] + lengths.view(np.uint64))
+    _, first, inverse = np.unique(code, return_index=True, return_inverse=True)
+    # Users in the order of their first row, so that a batch of one row and a larger one agree on who is user 0.
+    order = np.argsort(first)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return torch.from_numpy(first[order]), torch.from_numpy(rank[inverse.reshape(-1)])

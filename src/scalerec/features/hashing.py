@@ -1,0 +1,40 @@
+"""Stable 64-bit codes: the same value gives the same code on every machine, in training and in serving."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pyarrow as pa
+
+_MISSING = np.uint64(0x6A09E667F3BCC908)
+
+
+def mix(values: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Scramble integers [n] into uniform uint64 (the finaliser of splitmix64)."""
+    with np.errstate(over="ignore"):
+        x = values.astype(np.uint64) + np.uint64((0x9E3779B97F4A7C15 * (seed + 1)) & 0xFFFFFFFFFFFFFFFF)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def hash_text(text: str) -> int:
+    """The 64-bit code of a text."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def hash_column(column: pa.Array) -> np.ndarray:
+    """The uint64 code [n] of each value; whole numbers by value whatever their width, anything else by its text."""
+    missing = column.is_null().to_numpy(zero_copy_only=False)
+    if pa.types.is_integer(column.type) or pa.types.is_boolean(column.type):
+        values = column.cast(pa.int64()).fill_null(0).to_numpy(zero_copy_only=False)
+        codes = mix(values.view(np.uint64))
+    else:
+        encoded = column.dictionary_encode()
+        texts = np.fromiter(
+            (hash_text(str(value)) for value in encoded.dictionary.to_pylist()), np.uint64, len(encoded.dictionary)
+        )
+        index = encoded.indices.fill_null(0).to_numpy(zero_copy_only=False)
+        codes = texts[index] if len(texts) else np.zeros(len(column), np.uint64)
+    return np.where(missing, _MISSING, codes)

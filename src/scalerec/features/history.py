@@ -1,0 +1,206 @@
+"""A user's past, kept in one place: `append` takes one event online, `replay` takes a whole log and gives the same.
+
+A state holds, for every sequence of the schema, the user's last `max_len` events, oldest first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from scalerec.errors import InputError
+from scalerec.schema import Schema, Sequence
+
+Event = tuple[Any, ...]  # one value for each field of the sequence, then the time where the sequence keeps it
+State = Mapping[str, tuple[Event, ...]]  # by the name of the sequence; never changed in place
+
+
+def append(state: State, event: Mapping[str, Any], schema: Schema) -> State:
+    """The state after one event (a row of the log); an event that no sequence keeps leaves it as it was.
+
+    A sequence keeps an event when its `where` column is true and its first id is not null; other ids may be null.
+    """
+    after = dict(state)
+    for sequence in schema.sequences:
+        if sequence.where and not event.get(sequence.where):
+            continue
+        columns = _event_columns(sequence, schema)
+        absent = next((column for column in columns if column not in event), None)
+        if absent is not None:
+            raise InputError(f"event: no {absent!r}, which sequence {sequence.name!r} keeps: add it (null if unknown)")
+        entry = tuple(event[column] for column in columns)
+        if entry[0] is not None:
+            after[sequence.name] = (*after.get(sequence.name, ()), entry)[-sequence.max_len :]
+    return after
+
+
+def as_columns(state: State, schema: Schema) -> dict[str, list[Any]]:
+    """The state as one row's list columns, ready to be encoded."""
+    lists: dict[str, list[Any]] = {}
+    for sequence in schema.sequences:
+        entries = state.get(sequence.name, ())
+        for i, column in enumerate(_list_columns(sequence)):
+            lists[column] = [entry[i] for entry in entries]
+    return lists
+
+
+def replay(schema: Schema, rows: pa.Table, initial: Mapping[Any, State] | None = None) -> pa.Table:
+    """`rows` with the list columns of every sequence added, each row seeing its user's strictly earlier events.
+
+    Rows may come in any order and keep it. Events of a user with equal times do not see each other and enter the past
+    in the order of the rows. `initial` gives users a past from before the first row.
+    """
+    return pa.concat_tables(replay_pieces(schema, rows, initial))
+
+
+def replay_pieces(
+    schema: Schema, rows: pa.Table, initial: Mapping[Any, State] | None = None, size: int = 65_536
+) -> Iterator[pa.Table]:
+    """`replay`, `size` rows at a time: the lists of one piece only are in memory."""
+    order = _Order.of(rows, schema)
+    pasts = [_Past.of(rows, schema, sequence, order, initial or {}) for sequence in schema.sequences]
+    for first in range(0, max(rows.num_rows, 1), size):
+        piece = rows.slice(first, size)
+        for past in pasts:
+            for name, lists in past.lists(first, first + piece.num_rows).items():
+                piece = piece.append_column(name, lists)
+        yield piece
+
+
+@dataclass(frozen=True)
+class _Order:
+    """The rows by user, then time, then file order (stable); positions below are places in this order."""
+
+    users: pa.Array  # the different users
+    rows: np.ndarray  # [n] row at each position
+    user: np.ndarray  # [n] at each position: index into `users` + 1, 0 where the user is null
+    of_user: np.ndarray  # [n] the user's first position
+    of_time: np.ndarray  # [n] first position of this user and time: what comes before is strictly earlier
+
+    @staticmethod
+    def of(rows: pa.Table, schema: Schema) -> _Order:
+        if schema.time is None:
+            raise InputError("schema: a history needs the events' order: name the `time` column")
+        encoded = _column(rows, schema.user).dictionary_encode()
+        codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64) + 1
+        times = _times(rows, schema.time)
+        order = np.lexsort((times, codes))
+        codes, times = codes[order], times[order]
+        new_user = np.append(True, codes[1:] != codes[:-1])[: len(codes)]
+        new_time = new_user | np.append(True, times[1:] != times[:-1])[: len(codes)]
+        return _Order(encoded.dictionary, order, codes, _last_true(new_user), _last_true(new_time))
+
+
+@dataclass(frozen=True)
+class _Past:
+    """One sequence: all kept events of all users, user by user, and which stretch of them each row sees."""
+
+    columns: list[str]  # the list columns
+    values: list[pa.Array]  # for each list column: the initial values, then the log's column
+    events: np.ndarray  # [kept events] index into `values`
+    start: np.ndarray  # [rows] first event that the row sees
+    end: np.ndarray  # [rows]
+
+    @staticmethod
+    def of(
+        rows: pa.Table, schema: Schema, sequence: Sequence, order: _Order, initial: Mapping[Any, State]
+    ) -> _Past:
+        logged = [_column(rows, column) for column in _event_columns(sequence, schema)]
+        before = [initial.get(user, {}).get(sequence.name, ())[-sequence.max_len :] for user in order.users.to_pylist()]
+        entries = [entry for events in before for entry in events]
+        values = [
+            pa.concat_arrays([pa.array([entry[i] for entry in entries], type=column.type), column])
+            for i, column in enumerate(logged)
+        ]
+        held = np.array([0, *(len(events) for events in before)], np.int64)  # by user, as in order.user
+        held_until = np.cumsum(held)
+        kept = (_kept(rows, sequence) & logged[0].is_valid().to_numpy(zero_copy_only=False))[order.rows]
+        kept &= order.user > 0
+        kept_before = np.append(0, np.cumsum(kept))
+        end = kept_before[order.of_time] + held_until[order.user]
+        begin = kept_before[order.of_user] + (held_until - held)[order.user]
+
+        events = np.empty(len(entries) + int(kept_before[-1]), np.int64)
+        events[(kept_before[:-1] + held_until[order.user])[kept]] = order.rows[kept] + len(entries)
+        first_kept = np.zeros(len(held), np.int64)  # kept events of the log that stand before this user's
+        first_kept[order.user] = kept_before[order.of_user]
+        events[np.repeat(first_kept, held) + np.arange(len(entries))] = np.arange(len(entries))
+
+        past = _Past(_list_columns(sequence), values, events, np.empty_like(begin), np.empty_like(end))
+        past.start[order.rows] = np.maximum(begin, end - sequence.max_len)
+        past.end[order.rows] = end
+        return past
+
+    def lists(self, first: int, last: int) -> dict[str, pa.Array]:
+        """The list columns of rows first..last."""
+        start = self.start[first:last]
+        lengths = self.end[first:last] - start
+        offsets = np.append(0, np.cumsum(lengths))
+        seen = self.events[np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], lengths)]
+        limits = pa.array(offsets.astype(np.int32))
+        return {
+            column: pa.ListArray.from_arrays(limits, values.take(pa.array(seen)))
+            for column, values in zip(self.columns, self.values)
+        }
+
+
+def _event_columns(sequence: Sequence, schema: Schema) -> list[str]:
+    """The columns of the log that make up an entry: the fields' ids, then the time where it is kept."""
+    columns = []
+    for field in sequence.fields:
+        feature = schema.feature(field.of)
+        columns.append(field.event or getattr(feature, "column") or feature.name)
+    if sequence.time:
+        if schema.time is None:
+            raise InputError(f"schema: sequence {sequence.name!r} keeps times: name the `time` column")
+        columns.append(schema.time)
+    return columns
+
+
+def _list_columns(sequence: Sequence) -> list[str]:
+    columns = [sequence.column(field) for field in sequence.fields]
+    return [*columns, sequence.time_column] if sequence.time_column else columns
+
+
+def _column(rows: pa.Table, name: str) -> pa.Array:
+    if name not in rows.column_names:
+        raise InputError(f"history: no column {name!r} in the rows: it has {', '.join(rows.column_names[:20])}")
+    column = rows.column(name).combine_chunks()
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+
+
+def _times(rows: pa.Table, name: str) -> np.ndarray:
+    """A time column [n] as numbers that sort like it."""
+    column = _column(rows, name)
+    if column.null_count:
+        raise InputError(f"history: column {name!r} has {column.null_count} rows without a time: drop them")
+    if pa.types.is_timestamp(column.type):
+        column = column.cast(pa.int64())
+    elif pa.types.is_date(column.type):
+        column = column.cast(pa.timestamp("ms")).cast(pa.int64())
+    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+        raise InputError(f"history: column {name!r} is {column.type}, not a time: use a number, a date or a timestamp")
+    return column.to_numpy(zero_copy_only=False)
+
+
+def _kept(rows: pa.Table, sequence: Sequence) -> np.ndarray:
+    """Whether the sequence's `where` column is true [n]."""
+    if not sequence.where:
+        return np.ones(rows.num_rows, bool)
+    column = _column(rows, sequence.where)
+    kind = column.type
+    if not (pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        raise InputError(f"history: column {sequence.where!r} is {kind}: `where` needs a number or a boolean")
+    if not pa.types.is_boolean(kind):
+        column = pc.not_equal(column, pa.scalar(0, kind))
+    return column.fill_null(False).to_numpy(zero_copy_only=False)
+
+
+def _last_true(starts: np.ndarray) -> np.ndarray:
+    """For each position [n] the nearest position at or before it where `starts` is true."""
+    return np.maximum.accumulate(np.where(starts, np.arange(len(starts)), 0))

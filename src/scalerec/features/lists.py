@@ -1,0 +1,30 @@
+"""List columns of Arrow as flat values and lengths."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from scalerec.errors import InputError
+
+
+def lists(column: pa.Array, name: str, separator: str | None = None) -> tuple[pa.Array, np.ndarray]:
+    """Flat values and int64 lengths [n] of a list column, or of text cut at `separator`; a null list is empty."""
+    if separator is not None and (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        column = pc.split_pattern(pc.if_else(pc.equal(column, ""), pa.scalar(None, column.type), column), separator)
+    if pa.types.is_null(column.type):
+        return pa.array([], pa.int64()), np.zeros(len(column), np.int64)
+    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
+        hint = "set its `separator`" if pa.types.is_string(column.type) or pa.types.is_large_string(column.type) else ""
+        raise InputError(f"column {name!r} is {column.type}, not a list{': ' + hint if hint else ''}")
+    lengths = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+    return column.flatten(), lengths
+
+
+def last(lengths: np.ndarray, max_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """Flat positions of the last `max_len` values of each list, and the new lengths."""
+    kept = np.minimum(lengths, max_len)
+    ends = np.cumsum(lengths)
+    starts = np.concatenate([[0], np.cumsum(kept)])
+    return np.arange(starts[-1]) - np.repeat(starts[:-1], kept) + np.repeat(ends - kept, kept), kept

@@ -1,0 +1,77 @@
+"""Numbers -> buckets of equal frequency, or standardised values."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from scalerec.batch import FIRST_ID, MISSING
+from scalerec.errors import InputError
+from scalerec.schema import Frozen, Numeric
+
+_SAMPLE = 200_000  # values kept for the quantiles, a uniform sample of all
+
+
+class NumericFit(Frozen):
+    """What fitting found out about one numeric feature."""
+
+    edges: tuple[float, ...]  # inner borders of the buckets, ascending
+    mean: float
+    std: float  # of the transformed values
+
+
+def numbers(column: pa.Array, name: str) -> tuple[np.ndarray, int]:
+    """A column as float64 [n] with NaN where missing, and how many values were NaN or infinite (read as missing)."""
+    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_boolean(column.type)
+            or pa.types.is_decimal(column.type) or pa.types.is_null(column.type)):
+        raise InputError(f"column {name!r} is {column.type}, not a number: make it categorical or convert it")
+    if pa.types.is_boolean(column.type):
+        column = column.cast(pa.int8())
+    values = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+    broken = ~np.isfinite(values)
+    repaired = int(broken.sum()) - column.null_count
+    return np.where(broken, np.nan, values), repaired
+
+
+def transform(values: np.ndarray, log: bool) -> np.ndarray:
+    return np.sign(values) * np.log1p(np.abs(values)) if log else values
+
+
+class NumericStatistics:
+    """Mean, spread and a uniform sample of a stream of numbers."""
+
+    def __init__(self, feature: Numeric):
+        self.feature = feature
+        self.count, self.total, self.squares = 0, 0.0, 0.0
+        self._sample, self._priority = np.empty(0), np.empty(0)
+        self._random = np.random.default_rng(0)
+
+    def add(self, values: np.ndarray) -> None:
+        values = values[np.isfinite(values)]
+        z = transform(values, self.feature.log)
+        self.count, self.total, self.squares = self.count + len(z), self.total + z.sum(), self.squares + (z * z).sum()
+        # Keeping the values with the smallest random priorities is a uniform sample of all that were seen.
+        sample = np.concatenate([self._sample, values])
+        priority = np.concatenate([self._priority, self._random.random(len(values))])
+        keep = np.argpartition(priority, _SAMPLE)[:_SAMPLE] if len(sample) > _SAMPLE else slice(None)
+        self._sample, self._priority = sample[keep], priority[keep]
+
+    def fit(self) -> NumericFit:
+        if not self.count:
+            return NumericFit(edges=(), mean=0.0, std=1.0)
+        mean = self.total / self.count
+        std = max(self.squares / self.count - mean * mean, 0.0) ** 0.5
+        inner = np.linspace(0, 1, self.feature.buckets + 1)[1:-1]
+        edges = np.unique(np.quantile(self._sample, inner, method="inverted_cdf"))
+        return NumericFit(edges=tuple(edges.tolist()), mean=float(mean), std=float(std) or 1.0)
+
+
+def bucket(values: np.ndarray, fit: NumericFit) -> np.ndarray:
+    """Row ids [n]; the order of the values decides, so no transform is needed before it."""
+    ids = np.searchsorted(np.asarray(fit.edges), values, side="left") + FIRST_ID
+    return np.where(np.isnan(values), MISSING, ids)
+
+
+def standardise(values: np.ndarray, fit: NumericFit, log: bool) -> np.ndarray:
+    """Transformed values [n] with mean 0 and spread 1 on the fitted rows, NaN where missing."""
+    return ((transform(values, log) - fit.mean) / fit.std).astype(np.float32)

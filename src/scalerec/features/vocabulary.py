@@ -1,0 +1,118 @@
+"""Values <-> row ids: a dictionary that only ever grows at its end, or a hash."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from scalerec.batch import FIRST_ID, MISSING, UNKNOWN
+from scalerec.errors import InputError
+from scalerec.features.hashing import hash_column
+
+
+def keys(column: pa.Array, name: str, integer: bool | None = None) -> pa.Array:
+    """A column as int64 or text keys, NaN as null; `integer` is the kind seen in fitting (None: decide now)."""
+    if pa.types.is_floating(column.type):
+        column = pc.if_else(pc.is_finite(column), column, pa.scalar(None, column.type))
+        whole = pc.all(pc.equal(column, pc.floor(column))).as_py() in (True, None)
+        if integer or (integer is None and whole):
+            # A fraction was never in an integer dictionary: send it to a value that is not there either.
+            column = pc.if_else(pc.equal(column, pc.floor(column)), column, pa.scalar(-(2.0**52) - 1, column.type))
+            column = column.cast(pa.int64(), safe=False)
+    elif pa.types.is_boolean(column.type) or pa.types.is_unsigned_integer(column.type):
+        column = column.cast(pa.int64())
+    is_integer = pa.types.is_integer(column.type)
+    if integer and not is_integer:
+        raise InputError(f"column {name!r} is {column.type}, but was a whole number when the encoder was fitted")
+    if is_integer and integer is not False:
+        return column.cast(pa.int64())
+    if pa.types.is_null(column.type):
+        return column.cast(pa.int64() if integer else pa.string())
+    try:
+        return column.cast(pa.large_string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise InputError(f"column {name!r} is {column.type}: a categorical needs whole numbers or text") from None
+
+
+class Vocabulary:
+    """Row ids of a dictionary: value i has id FIRST_ID + i, for good."""
+
+    def __init__(self, values: pa.Array):
+        self.values = values
+        self.integer = pa.types.is_integer(values.type)
+        if self.integer:
+            numbers = values.to_numpy(zero_copy_only=False)
+            self._order = np.argsort(numbers, kind="stable")
+            self._sorted = numbers[self._order]
+        else:
+            self._index = {value: i for i, value in enumerate(values.to_pylist())}
+
+    @property
+    def rows(self) -> int:
+        return FIRST_ID + len(self.values)
+
+    def ids(self, column: pa.Array, name: str) -> np.ndarray:
+        """Row ids [n]: MISSING for null, UNKNOWN for a value that was not there when it was fitted."""
+        column = keys(column, name, self.integer)
+        missing = column.is_null().to_numpy(zero_copy_only=False)
+        if self.integer:
+            numbers = column.fill_null(0).to_numpy(zero_copy_only=False)
+            if not len(self._sorted):
+                return np.where(missing, MISSING, UNKNOWN)
+            place = np.minimum(np.searchsorted(self._sorted, numbers), len(self._sorted) - 1)
+            found = np.where(self._sorted[place] == numbers, self._order[place] + FIRST_ID, UNKNOWN)
+        else:
+            encoded = column.dictionary_encode()
+            known = np.fromiter(
+                (self._index.get(value, UNKNOWN - FIRST_ID) + FIRST_ID for value in encoded.dictionary.to_pylist()),
+                np.int64,
+                len(encoded.dictionary),
+            )
+            index = encoded.indices.fill_null(0).to_numpy(zero_copy_only=False)
+            found = known[index] if len(known) else np.full(len(column), UNKNOWN)
+        return np.where(missing, MISSING, found)
+
+    def grown(self, values: pa.Array) -> Vocabulary:
+        """With new values appended in the given order; ids of old values stay."""
+        new = [value for value in values.to_pylist() if value not in set(self.values.to_pylist())]
+        return Vocabulary(pa.concat_arrays([self.values, pa.array(new, self.values.type)]))
+
+
+class HashVocabulary:
+    """Row ids by hash: nothing to fit, collisions accepted."""
+
+    def __init__(self, buckets: int):
+        self.buckets = buckets
+
+    @property
+    def rows(self) -> int:
+        return FIRST_ID + self.buckets
+
+    def ids(self, column: pa.Array, name: str) -> np.ndarray:
+        column = keys(column, name)
+        missing = column.is_null().to_numpy(zero_copy_only=False)
+        hashed = (hash_column(column) % np.uint64(self.buckets)).astype(np.int64) + FIRST_ID
+        return np.where(missing, MISSING, hashed)
+
+
+class ValueCounts:
+    """How often each value occurred, over any number of column pieces."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[int | str] = Counter()
+        self.integer: bool | None = None
+
+    def add(self, column: pa.Array, name: str) -> None:
+        column = keys(column, name, self.integer).drop_null()
+        if self.integer is None and len(column):
+            self.integer = pa.types.is_integer(column.type)
+        for entry in pc.value_counts(column).to_pylist():
+            self.counts[entry["values"]] += entry["counts"]
+
+    def vocabulary(self, min_count: int) -> Vocabulary:
+        """The values that occurred at least `min_count` times, in the order of the values."""
+        kept = sorted(value for value, count in self.counts.items() if count >= min_count)
+        return Vocabulary(pa.array(kept, pa.int64() if self.integer else pa.large_string()))

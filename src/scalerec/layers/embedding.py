@@ -1,0 +1,174 @@
+"""The seam between ids and vectors: every lookup of a step in one call, one state-dict key per table.
+
+n rows of a side   F ids   W flat width of the side   L longest list   w width of a sequence
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from scalerec.batch import MISSING, Rows
+from scalerec.features.layout import FeatureLayout, Layout
+
+
+@dataclass(frozen=True)
+class EmbeddedSequence:
+    """A user's past as vectors, padded at the end."""
+
+    values: Tensor  # [n, L, w], zero where masked
+    mask: Tensor  # [n, L] bool
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The features of one side as vectors; this, not ids, is what a model's dense part sees."""
+
+    flat: Tensor  # [n, W] features side by side in the order of the layout, sequences left out
+    sequences: dict[str, EmbeddedSequence]
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Ids to be looked up in one table for one feature of one side (and one field of a sequence)."""
+
+    table: str
+    ids: Tensor  # [k] flat
+
+
+class EmbeddingCollection(nn.Module):
+    """All tables of a layout; `forward(*sides)` embeds any number of sides with one lookup per table width.
+
+    The tables of one width lie in one parameter, so that a lookup of many features is one gather and its gradient one
+    sparse tensor; `state_dict` shows them one by one as `tables.<name>` whatever the arrangement.
+    """
+
+    def __init__(self, layout: Layout, std: float = 0.05):
+        super().__init__()
+        self.layout = layout
+        self.std = std
+        self.place: dict[str, tuple[int, int]] = {}  # table -> (width, first row)
+        rows: dict[int, int] = {}
+        for table in layout.tables:
+            self.place[table.name] = (table.dim, rows.get(table.dim, 0))
+            rows[table.dim] = rows.get(table.dim, 0) + table.rows
+        for dim, n in rows.items():
+            self.register_parameter(f"width_{dim}", nn.Parameter(torch.empty(n, dim)))
+        self.widths = tuple(rows)
+        self.linear = nn.ModuleDict({side: _LinearNumbers(shape.numbers) for side, shape in layout.sides.items()})
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal vectors; padding, unknown and missing start neutral, at zero."""
+        for name, weight in self.table_weights():
+            nn.init.normal_(weight, std=self.std)
+            with torch.no_grad():
+                weight[: MISSING + 1] = 0
+
+    def table_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and [rows, dim] view of every table."""
+        for table in self.layout.tables:
+            dim, first = self.place[table.name]
+            yield table.name, self.weight(dim).detach()[first : first + table.rows]
+
+    def sparse_parameters(self) -> list[nn.Parameter]:
+        """The parameters whose gradients are sparse; the rest of a model is dense."""
+        return [self.weight(dim) for dim in self.widths]
+
+    def weight(self, dim: int) -> nn.Parameter:
+        """All tables of one width, [rows, dim]."""
+        return self.get_parameter(f"width_{dim}")
+
+    def forward(self, *sides: Rows) -> tuple[Embedded, ...]:
+        lookups = [lookup for rows in sides for lookup in self.lookups(rows)]
+        vectors = iter(self.look_up(lookups))
+        return tuple(self.assemble(rows, vectors) for rows in sides)
+
+    def lookups(self, rows: Rows) -> list[Lookup]:
+        """What one side needs, in the order in which `assemble` takes the vectors."""
+        shape = self.layout.sides[rows.side]
+        found = [Lookup(f.tables[0], rows.ids[:, j]) for j, f in enumerate(shape.ids)]
+        found += [Lookup(f.tables[0], rows.lists[f.name].values) for f in shape.multi]
+        for feature in shape.sequences:
+            values = rows.lists[feature.name].values
+            found += [Lookup(table, values[:, j]) for j, table in enumerate(feature.tables)]
+        return found
+
+    def look_up(self, lookups: list[Lookup]) -> list[Tensor]:
+        """The vectors [k, dim] of each lookup; distributed training replaces this one method."""
+        vectors: list[Tensor | None] = [None] * len(lookups)
+        for dim in self.widths:
+            mine = [i for i, lookup in enumerate(lookups) if self.place[lookup.table][0] == dim]
+            if not mine:
+                continue
+            ids = torch.cat([lookups[i].ids + self.place[lookups[i].table][1] for i in mine])
+            found = F.embedding(ids, self.weight(dim), sparse=True)
+            for i, part in zip(mine, found.split([lookups[i].ids.numel() for i in mine])):
+                vectors[i] = part
+        return [vector for vector in vectors if vector is not None]
+
+    def assemble(self, rows: Rows, vectors: Iterator[Tensor]) -> Embedded:
+        """Vectors of one side's lookups -> its Embedded: lists pooled or padded, columns in the layout's order."""
+        shape = self.layout.sides[rows.side]
+        parts = {feature.name: next(vectors) for feature in shape.ids}
+        for feature in shape.multi:
+            parts[feature.name] = _pool(next(vectors), rows.lists[feature.name].lengths, feature.pooling)
+        if shape.numbers:
+            numbers = self.linear[rows.side](rows.numbers)
+            parts |= {feature.name: numbers[j] for j, feature in enumerate(shape.numbers)}
+        sequences = {}
+        for feature in shape.sequences:
+            jagged = rows.lists[feature.name]
+            joined = torch.cat([next(vectors) for _ in feature.tables], 1)
+            values, mask = type(jagged)(joined, jagged.offsets).padded()
+            sequences[feature.name] = EmbeddedSequence(values, mask)
+        flat = [parts[feature.name] for feature in shape.flat]
+        return Embedded(torch.cat(flat, 1) if flat else rows.ids.new_zeros(len(rows), 0, dtype=torch.float), sequences)
+
+    # One key per table, whatever lies in memory: checkpoints move between this form and sharded ones.
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for name, weight in self.table_weights():
+            destination[f"{prefix}tables.{name}"] = weight
+
+    def _load_from_state_dict(self, state_dict, prefix, _metadata, _strict, missing, unexpected, errors) -> None:
+        for name, weight in self.table_weights():
+            value = state_dict.pop(f"{prefix}tables.{name}", None)
+            if value is None:
+                missing.append(f"{prefix}tables.{name}")
+            elif value.shape != weight.shape:
+                errors.append(f"table {name!r}: {tuple(value.shape)} in the checkpoint, {tuple(weight.shape)} here")
+            else:
+                weight.copy_(value)
+
+
+class _LinearNumbers(nn.Module):
+    """A number as weight * z + bias, a missing one as a vector of its own."""
+
+    def __init__(self, features: list[FeatureLayout]):
+        super().__init__()
+        self.weight, self.bias, self.missing = (
+            nn.ParameterList(nn.Parameter(torch.zeros(f.width)) for f in features) for _ in range(3)
+        )
+        for parameter in self.weight:
+            nn.init.normal_(parameter, std=0.05)
+
+    def forward(self, numbers: Tensor) -> list[Tensor]:
+        absent = numbers.isnan()
+        z = numbers.nan_to_num(0.0)
+        return [
+            torch.where(absent[:, j : j + 1], self.missing[j], z[:, j : j + 1] * self.weight[j] + self.bias[j])
+            for j in range(len(self.weight))
+        ]
+
+
+def _pool(vectors: Tensor, lengths: Tensor, pooling: str) -> Tensor:
+    """Sum or mean [n, dim] of each list's vectors [total, dim]; an empty list gives zero."""
+    row = torch.repeat_interleave(torch.arange(lengths.numel(), device=lengths.device), lengths)
+    pooled = vectors.new_zeros(lengths.numel(), vectors.shape[1]).index_add(0, row, vectors)
+    return pooled / lengths.clamp(min=1)[:, None] if pooling == "mean" else pooled

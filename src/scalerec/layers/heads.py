@@ -1,0 +1,37 @@
+"""Task heads: one logit per task from a shared representation (RankMixer leaves them open; spec A.7)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+HeadKind = Literal["linear", "mlp"]
+
+
+class Heads(nn.Module):
+    """[B, width] -> logits [B, tasks]: a linear map, or per task Linear(hidden) -> GELU -> Linear(1)."""
+
+    def __init__(self, width: int, tasks: int, kind: HeadKind = "mlp", hidden: int = 128):
+        super().__init__()
+        self.kind, self.width, self.tasks, self.hidden = kind, width, tasks, hidden
+        if kind == "linear":
+            self.out = nn.Linear(width, tasks)
+        else:
+            # The first layers of all tasks are one product; the second ones stay apart.
+            self.inner = nn.Linear(width, tasks * hidden)
+            self.weight = nn.Parameter(torch.empty(tasks, hidden))
+            self.bias = nn.Parameter(torch.zeros(tasks))
+            nn.init.uniform_(self.weight, -(hidden**-0.5), hidden**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "linear":
+            return self.out(x).float()
+        h = nn.functional.gelu(self.inner(x)).unflatten(-1, (self.tasks, self.hidden))
+        return (h * self.weight).sum(-1).float() + self.bias
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of matrix products per row."""
+        return self.width * self.tasks * (1 if self.kind == "linear" else self.hidden)

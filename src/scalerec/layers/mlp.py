@@ -1,0 +1,33 @@
+"""Plain multi-layer perceptron."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
+
+
+class MLP(nn.Module):
+    """Linear layers [..., in] -> [..., hidden[-1]], each followed by the activation and dropout."""
+
+    def __init__(self, width: int, hidden: Sequence[int], activation: str = "relu", dropout: float = 0.0):
+        super().__init__()
+        self.width, self.hidden = width, tuple(hidden)
+        layers: list[nn.Module] = []
+        for size in hidden:
+            layers += [nn.Linear(width, size), ACTIVATIONS[activation]()]
+            layers += [nn.Dropout(dropout)] if dropout else []
+            width = size
+        self.layers = nn.Sequential(*layers)
+        self.out = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates per row."""
+        sizes = (self.width, *self.hidden)
+        return sum(a * b for a, b in zip(sizes, sizes[1:]))

@@ -1,0 +1,192 @@
+"""What a column means: features in semantic groups, tasks, and the columns that say who, what and when.
+
+A schema is what a person writes (or edits after `scalerec schema infer`). It holds no fitted number: how many rows a
+table has and where buckets lie is known only after `Encoder.fit` and lives in the Layout.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Union
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+Side = Literal["user", "item"]
+
+
+class Frozen(BaseModel):
+    """An immutable record that refuses unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Categorical(Frozen):
+    """One id a row, through a dictionary fitted on the training rows or a hash."""
+
+    kind: Literal["categorical"] = "categorical"
+    name: str
+    column: str = ""  # default: the name
+    vocabulary: Literal["dictionary", "hash"] = "dictionary"
+    min_count: PositiveInt = 1  # dictionary: rarer values are unknown
+    buckets: PositiveInt = 2**16  # hash: how many ids
+    dim: PositiveInt | None = None
+    note: str = ""
+
+
+class MultiCategorical(Frozen):
+    """Several ids a row (a list column, or text cut at a separator), averaged or summed."""
+
+    kind: Literal["multi_categorical"] = "multi_categorical"
+    name: str
+    column: str = ""
+    separator: str | None = None
+    vocabulary: Literal["dictionary", "hash"] = "dictionary"
+    min_count: PositiveInt = 1
+    buckets: PositiveInt = 2**16
+    max_len: PositiveInt = 32
+    pooling: Literal["mean", "sum"] = "mean"
+    dim: PositiveInt | None = None
+    note: str = ""
+
+
+class Numeric(Frozen):
+    """A number: signed log, standardised, then a quantile bucket with an embedding, or a linear map."""
+
+    kind: Literal["numeric"] = "numeric"
+    name: str
+    column: str = ""
+    encoding: Literal["buckets", "linear"] = "buckets"
+    buckets: Annotated[int, Field(ge=2)] = 32
+    log: bool = True  # sign(x) log(1 + |x|) before standardising
+    dim: PositiveInt | None = None
+    note: str = ""
+
+
+class Cross(Frozen):
+    """The combination of several columns as one hashed id."""
+
+    kind: Literal["cross"] = "cross"
+    name: str
+    of: Annotated[tuple[str, ...], Field(min_length=2)]  # columns
+    buckets: PositiveInt = 2**16
+    dim: PositiveInt | None = None
+    note: str = ""
+
+
+class SequenceField(Frozen):
+    """One id of each past event: a list column, read through the vocabulary and the table of a categorical feature."""
+
+    of: str  # a Categorical of the schema
+    column: str = ""  # list column of the rows; default: "<sequence>_<of>"
+    event: str = ""  # column of the log that `history.append` reads; default: the column of `of`
+
+
+class Sequence(Frozen):
+    """A user's past events, oldest first: the item id and its side ids, optionally with their times."""
+
+    kind: Literal["sequence"] = "sequence"
+    name: str
+    fields: Annotated[tuple[SequenceField, ...], Field(min_length=1)]
+    time: bool = False  # keep the events' times, in the list column "<sequence>_time"
+    where: str = ""  # column of the log: only events in which it is not zero are kept
+    max_len: PositiveInt = 50
+    note: str = ""
+
+    def column(self, field: SequenceField) -> str:
+        return field.column or f"{self.name}_{field.of}"
+
+    @property
+    def time_column(self) -> str | None:
+        return f"{self.name}_time" if self.time else None
+
+
+Feature = Annotated[
+    Union[Categorical, MultiCategorical, Numeric, Cross, Sequence],
+    Field(discriminator="kind"),
+]
+
+
+class Group(Frozen):
+    """Features with one coherent meaning; they stand side by side in the model's input, in this order."""
+
+    name: str
+    side: Side
+    features: Annotated[tuple[Feature, ...], Field(min_length=1)]
+
+
+class Task(Frozen):
+    """One binary target; rows whose mask is 0 or whose label is missing do not count."""
+
+    name: str
+    label: str = ""  # default: the name
+    weight: str | None = None
+    mask: str | None = None
+
+    @property
+    def column(self) -> str:
+        return self.label or self.name
+
+
+class Schema(Frozen):
+    """All that scalerec needs to know of a log; user-side groups come first."""
+
+    groups: Annotated[tuple[Group, ...], Field(min_length=1)]
+    tasks: Annotated[tuple[Task, ...], Field(min_length=1)]
+    user: str
+    item: str | None = None
+    time: str | None = None
+    dim: PositiveInt = 16  # width of every embedding that names none
+
+    @property
+    def features(self) -> tuple[Feature, ...]:
+        return tuple(feature for group in self.groups for feature in group.features)
+
+    @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        return tuple(feature for feature in self.features if isinstance(feature, Sequence))
+
+    def feature(self, name: str) -> Feature:
+        return next(feature for feature in self.features if feature.name == name)
+
+    def input_columns(self) -> list[str]:
+        """Columns that features read, each once, in order; these are all that a request has to bring."""
+        columns: list[str] = []
+        for feature in self.features:
+            if isinstance(feature, Cross):
+                columns += feature.of
+            elif isinstance(feature, Sequence):
+                columns += [feature.column(field) for field in feature.fields]
+                columns += [feature.time_column] if feature.time_column else []
+            else:
+                columns.append(feature.column or feature.name)
+        return list(dict.fromkeys([self.user, *columns]))
+
+    def label_columns(self) -> list[str]:
+        columns = [c for task in self.tasks for c in (task.column, task.weight, task.mask) if c]
+        return list(dict.fromkeys(columns))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Schema:
+        names = [feature.name for feature in self.features]
+        for what, values in (
+            ("feature", names),
+            ("group", [group.name for group in self.groups]),
+            ("task", [task.name for task in self.tasks]),
+        ):
+            twice = next((value for value in values if values.count(value) > 1), None)
+            if twice is not None:
+                raise ValueError(f"two {what}s are named {twice!r}: give each its own name")
+        sides = [group.side for group in self.groups]
+        if sides != sorted(sides, reverse=True):
+            raise ValueError("user-side groups must come before item-side groups: reorder `groups`")
+        for group in self.groups:
+            for feature in group.features:
+                if not isinstance(feature, Sequence):
+                    continue
+                if group.side != "user":
+                    raise ValueError(f"sequence {feature.name!r} is a user's past: move it to a user-side group")
+                for field in feature.fields:
+                    if field.of not in names or not isinstance(self.feature(field.of), Categorical):
+                        raise ValueError(
+                            f"sequence {feature.name!r}: {field.of!r} is not a categorical feature of this schema"
+                        )
+        return self

@@ -1,0 +1,39 @@
+"""A run: everything that decides a training, as one configuration."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, SerializeAsAny
+
+from scalerec.config import Config, component
+from scalerec.data.source import Source
+from scalerec.models.base import ModelConfig
+from scalerec.training.optim import OptimizerConfig
+
+
+class TrainingConfig(Config):
+    epochs: PositiveInt = 1
+    batch_size: PositiveInt = 1024
+    window_rows: PositiveInt = 131_072  # rows shuffled together, held in memory
+    optimizer: OptimizerConfig = OptimizerConfig()
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: matrix products under autocast
+    seed: NonNegativeInt = 0
+    threads: NonNegativeInt = 0  # 0: all cores; part of the bits, so a resumed run must use as many
+    select: Literal["auc", "log_loss"] = "auc"  # mean over tasks on the validation rows
+    patience: NonNegativeInt = 0  # evaluations without a better value before stopping; 0: never stop early
+    evaluate_every: NonNegativeInt = 0  # steps; 0: at the end of every epoch
+    log_every: PositiveInt = 20  # steps
+    save_every: PositiveInt = 1000  # steps
+    tensorboard: bool = True
+
+
+class Run(Config):
+    """One complete run; a recipe is a function that returns one."""
+
+    name: str
+    data: Annotated[SerializeAsAny[Source], BeforeValidator(component)]
+    model: Annotated[SerializeAsAny[ModelConfig], BeforeValidator(component)]
+    training: TrainingConfig = TrainingConfig()
+    skip_bad_shards: bool = False
+    dim: Annotated[int, Field(ge=0)] = 0  # width of embeddings; 0: as the schema says

@@ -1,0 +1,264 @@
+"""The training loop, written out: one file from prepared rows to a measured checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from scalerec import checkpoint, evaluate
+from scalerec.batch import Batch
+from scalerec.config import paths
+from scalerec.data.loader import Loader, Position
+from scalerec.data.reader import Rows, check_parts, count_parts
+from scalerec.data.split import Part
+from scalerec.errors import InputError
+from scalerec.features.encoder import Encoder
+from scalerec.losses import total
+from scalerec.models.base import Model
+from scalerec.training.log import Log
+from scalerec.training.optim import load_state_tensors, state_tensors
+from scalerec.training.run import Run
+from scalerec.training.warm_start import transfer
+
+EVALUATION_BATCH = 4096
+
+
+@dataclass
+class State:
+    """Where a run stands; together with the tensors of a checkpoint it is all that going on needs."""
+
+    step: int = 0
+    epoch: int = 0
+    position: Position = field(default_factory=Position)
+    losses: dict[str, float] = field(default_factory=dict)  # summed since the last logged step
+    steps_in_losses: int = 0
+    best: str = ""  # checkpoint
+    best_value: float | None = None
+    evaluations: int = 0
+    evaluations_since_best: int = 0
+    threads: int = 0
+    seconds: float = 0.0
+    finished: bool = False
+
+
+class Training:
+    """One run in one folder."""
+
+    def __init__(self, run: Run, out: Path, *, resume: bool = False, warm_start: Path | None = None, log: Log):
+        self.run, self.out, self.log = run, out, log
+        self.config = run.training
+        threads = self.config.threads or torch.get_num_threads()
+        torch.set_num_threads(threads)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        earlier = self._earlier(resume, threads)
+        self.state = State(threads=threads)
+
+        prepared = run.data.prepare(log.say)
+        self.rows = Rows.of(run.data, prepared, skip_bad_shards=run.skip_bad_shards)
+        schema = run.data.schema()
+        schema = schema.model_copy(update={"dim": run.dim}) if run.dim else schema
+        self.parts = count_parts(self.rows, schema)
+        check_parts(self.parts)
+        if earlier is None:
+            old = checkpoint.load(warm_start) if warm_start else None
+            if old is not None and old.encoder.schema != schema:
+                raise InputError(f"--warm-start {warm_start}: that checkpoint is of another schema")
+            log.say(f"fitting the encoder on {self.parts['train'].rows:,} rows")
+            training_rows = self.rows.batches("train", schema.input_columns())
+            self.encoder = old.encoder.grown(training_rows) if old else Encoder.fit(schema, training_rows)
+        else:
+            old = None
+            self.encoder = earlier.encoder
+        torch.manual_seed(self.config.seed)
+        self.model: Model = run.model.build(self.encoder.layout).to(self.device)
+        if old is not None:
+            log.say(transfer(old, self.model))
+        self.dense_parameters = self.model.dense_parameters()
+        optimizer = self.config.optimizer
+        self.optimizers: dict[str, torch.optim.Optimizer] = {
+            "dense": optimizer.build_dense(self.dense_parameters),
+            "embedding": optimizer.build_embedding(self.model.embeddings.sparse_parameters()),
+        }
+        self.loader = Loader(
+            self.rows, self.encoder, "train", self.config.batch_size, seed=self.config.seed,
+            window_rows=self.config.window_rows,
+        )  # fmt: skip
+        if earlier is not None:
+            self._restore(earlier)
+        else:
+            self._save()
+
+    # -- beginnings
+
+    def _earlier(self, resume: bool, threads: int) -> checkpoint.Checkpoint | None:
+        """The checkpoint to go on from; InputError when there is none, or when the run is not the same."""
+        found = checkpoint.saved(self.out)
+        if not resume:
+            if found:
+                raise InputError(f"{self.out} already holds a run: pass --resume to go on, or another --out")
+            return None
+        if not found:
+            raise InputError(f"--resume: no checkpoint in {self.out}; start the run without --resume")
+        earlier = checkpoint.load(found[-1])
+        before = paths(Run.model_validate(earlier.run))
+        for path, value in paths(self.run).items():
+            if before.get(path) != value:
+                raise InputError(
+                    f"--resume: {self.out} was started with --{path} {before.get(path)}, now it is {value}: use the "
+                    "same options or another --out"
+                )
+        used = earlier.training_state()[1]["threads"]
+        if used != threads:
+            raise InputError(
+                f"--resume: {self.out} was trained with {used} threads, now there are {threads}, which changes the "
+                f"last bits: run with --training.threads {used} from the start, or OMP_NUM_THREADS={used}"
+            )
+        return earlier
+
+    def _restore(self, earlier: checkpoint.Checkpoint) -> None:
+        self.model.load_state_dict(earlier.weights)
+        tensors, state = earlier.training_state()
+        torch.set_rng_state(tensors.pop("random"))
+        load_state_tensors(self.optimizers, tensors)
+        self.state = State(**{**state, "position": Position(*state["position"])})
+        self._point_to_best()
+        self.log.rewind(self.state.step)
+        self.log.say(f"resuming {self.run.name} from step {self.state.step}")
+
+    # -- the loop
+
+    def fit(self) -> None:
+        """Train to the end; every kill in between is made good by the next call with `resume`."""
+        began = time.monotonic() - self.state.seconds
+        while not self.state.finished and self.state.epoch < self.config.epochs:
+            self.model.train()
+            for batch, position in self.loader.epoch(self.state.epoch, self.state.position):
+                losses = self.step(batch.to(self.device))
+                self.state.step += 1
+                self.state.position = position
+                self.state.seconds = time.monotonic() - began
+                self._note(losses, len(batch))
+                if self.config.evaluate_every and self.state.step % self.config.evaluate_every == 0:
+                    self._evaluate()
+                    if self.state.finished:
+                        break
+                elif self.state.step % self.config.save_every == 0:
+                    self._save()
+            else:
+                self.state.epoch, self.state.position = self.state.epoch + 1, Position()
+                self.log.counts(self.encoder.counts + self.rows.counts if self.state.epoch == 1 else Counter())
+                if not self.config.evaluate_every:
+                    self._evaluate()
+        if not self.state.best:
+            self._evaluate()
+        self.state.finished = True
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """One optimiser step; the loss of each term."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            outputs = self.model(batch)
+        terms = self.model.loss(outputs, batch)
+        loss = total(terms)
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.config.optimizer.clip:
+            nn.utils.clip_grad_norm_(self.dense_parameters, self.config.optimizer.clip)
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+        self.model.after_step()
+        return {"loss": float(loss), **{name: float(t.sum / t.weight.clamp(min=1e-12)) for name, t in terms.items()}}
+
+    def _note(self, losses: dict[str, float], rows: int) -> None:
+        state = self.state
+        if losses["loss"] != losses["loss"]:
+            raise InputError(f"the loss is NaN at step {state.step}: lower --training.optimizer.lr")
+        for name, value in losses.items():
+            state.losses[name] = state.losses.get(name, 0.0) + value
+        state.steps_in_losses += 1
+        self.log.progress(state.epoch, self.config.epochs, rows, self.parts["train"].rows, losses["loss"])
+        if state.step % self.config.log_every == 0:
+            means = {name: value / state.steps_in_losses for name, value in state.losses.items()}
+            self.log.write("train", state.step, {"epoch": state.epoch, **means}, state.seconds)
+            state.losses, state.steps_in_losses = {}, 0
+
+    def _evaluate(self) -> None:
+        """Validate, keep the best checkpoint, and stop when nothing got better for `patience` evaluations."""
+        state = self.state
+        found = evaluate.tables(self.predict("validation"), self.encoder.layout.tasks)
+        state.evaluations += 1
+        values = [table[self.config.select] for table in found.values()]
+        value = sum(values) / len(values) * (1 if self.config.select == "auc" else -1)
+        self.log.write("validation", state.step, {"epoch": state.epoch, "tasks": found}, state.seconds)
+        if state.best_value is None or value > state.best_value:
+            state.best, state.best_value, state.evaluations_since_best = self._name(), value, 0
+        else:
+            state.evaluations_since_best += 1
+            state.finished = 0 < self.config.patience <= state.evaluations_since_best
+        self._save()
+
+    def predict(self, part: Part) -> evaluate.Predictions:
+        """Scores of a part's rows, in their order, by the model as it stands."""
+        self.model.eval()
+        counts, self.encoder.counts = self.encoder.counts, Counter()
+        loader = Loader(self.rows, self.encoder, part, EVALUATION_BATCH)
+        found = evaluate.predict(self.model, (batch.to(self.device) for batch in loader))
+        self.encoder.counts = counts
+        self.model.train()
+        return found
+
+    # -- keeping
+
+    def _name(self) -> str:
+        # One step can be kept twice, before and after it was evaluated: a folder that is there is never written again.
+        return f"step-{self.state.step:09d}-{self.state.evaluations:04d}"
+
+    def _save(self) -> None:
+        folder = self.out / "checkpoints" / self._name()
+        tensors = {**state_tensors(self.optimizers), "random": torch.get_rng_state()}
+        run = self.run.model_dump(mode="json")
+        layout = self.encoder.layout
+        checkpoint.save(folder, run, self.encoder, layout, self.model.state_dict(), tensors, asdict(self.state))
+        self._point_to_best()
+        for old in checkpoint.saved(self.out):
+            if old.name not in (self._name(), self.state.best):
+                shutil.rmtree(old)
+
+    def _point_to_best(self) -> None:
+        if self.state.best:
+            best = {"checkpoint": self.state.best, self.config.select: self.state.best_value}
+            checkpoint.write_atomically(self.out / "best.json", json.dumps(best))
+
+
+def train(run: Run, out: Path, *, resume: bool = False, warm_start: Path | None = None, quiet: bool = False) -> dict:
+    """Train `run` into `out` and measure its best checkpoint on the validation and test rows.
+
+    Returns what `out/metrics.json` holds. Also written: `test.parquet` (scores of the test rows), `log.jsonl`,
+    TensorBoard events, checkpoints.
+
+    Raises:
+        InputError: bad options, bad data, a full disk; the last good checkpoint survives.
+    """
+    done = out / "metrics.json"
+    if resume and done.exists():
+        return json.loads(done.read_text())
+    with Log(out, quiet=quiet, tensorboard=run.training.tensorboard) as log:
+        training = Training(run, out, resume=resume, warm_start=warm_start, log=log)
+        training.fit()
+        training.model.load_state_dict(checkpoint.load(out).weights)
+        found: dict[str, Any] = {"name": run.name, "seconds": training.state.seconds, "steps": training.state.step}
+        for part in ("validation", "test"):
+            predictions = training.predict(part)
+            found[part] = evaluate.tables(predictions, training.encoder.layout.tasks)
+        evaluate.write(predictions, training.encoder.layout.tasks, out / "test.parquet")
+        found["parameters"] = {**training.model.parts(), "embedding": training.encoder.layout.embedding_parameters}
+        checkpoint.write_atomically(done, json.dumps(found, indent=1))
+    return found

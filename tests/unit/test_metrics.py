@@ -1,0 +1,405 @@
+"""Metrics: against scikit-learn, brute force and hand-made examples; intervals against a slow twin and known truth."""
+
+from math import log, sqrt
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn import metrics as sk
+
+from scalerec import metrics
+from scalerec.errors import InputError
+from scalerec.metrics import Difference, bootstrap, paired_bootstrap
+
+METRICS = ("auc", "uauc", "log_loss", "ne")
+
+# A few values that often tie, some of them awkward: -0.0 ties with 0.0; 1 and 1 + 1e-12 differ, but not in float32.
+SCORES = st.sampled_from([-np.inf, -2.5, -1e-40, -0.0, 0.0, 1e-40, 0.1, 1.0, 1.0 + 1e-12, 3e38, 1e200, np.inf])
+USERS = st.sampled_from([0, 1, 2, -7, 2**31, -(2**63), 2**63 - 1])
+ROW = st.tuples(USERS, st.booleans(), SCORES, st.integers(0, 3))
+LOG = st.lists(ROW, min_size=1, max_size=40).map(lambda rows: [np.array(column) for column in zip(*rows, strict=True)])
+
+
+def by_pairs(labels, scores):
+    """AUC by its definition, from every pair of a positive and a negative row."""
+    positive, negative = scores[labels == 1][:, None], scores[labels == 0]
+    wins = (positive > negative) + 0.5 * (positive == negative)
+    return wins.mean() if wins.size else float("nan")
+
+
+def by_loop(users, labels, scores):
+    """UAUC by a loop over users: weighted, plain, counted, skipped."""
+    values, rows = [], []
+    for user in np.unique(users):
+        mine = users == user
+        if 0 < labels[mine].sum() < mine.sum():
+            values.append(sk.roc_auc_score(labels[mine], scores[mine]))
+            rows.append(mine.sum())
+    return np.average(values, weights=rows), np.mean(values), len(values), len(np.unique(users)) - len(values)
+
+
+def random_log(seed, rows=3000, users=200):
+    """Users as hash codes, labels, and probabilities that know something of them, with ties."""
+    random = np.random.default_rng(seed)
+    owner = random.zipf(1.3, rows) % users
+    chance = random.beta(2, 3, rows)
+    codes = random.integers(-(2**63), 2**63 - 1, users)
+    return codes[owner], (random.random(rows) < chance).astype(int), np.round(0.05 + 0.9 * chance, 2)
+
+
+# AUC
+
+
+def test_auc_by_hand():
+    labels, scores = [1, 0, 1, 0], [0.9, 0.9, 0.5, 0.1]  # pairs: tie, win, loss, win
+    assert metrics.auc(labels, scores) == 2.5 / 4
+    assert metrics.auc(labels, scores, weights=[2, 1, 1, 3]) == (2 * 0.5 + 2 * 3 + 0 + 3) / (3 * 4)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int8, np.uint64])
+def test_auc_equals_scikit_learn(dtype, weighted):
+    random = np.random.default_rng(0)
+    labels = random.random(5000) < 0.3
+    scores = (random.normal(20, 5, 5000).clip(0) + 2 * labels).astype(dtype)
+    weights = random.random(5000) if weighted else None
+    expected = sk.roc_auc_score(labels, scores, sample_weight=weights)
+    assert metrics.auc(labels, scores, weights) == pytest.approx(expected, abs=1e-12)
+
+
+@given(LOG)
+def test_auc_is_its_definition(rows):
+    _, labels, scores, _ = rows
+    assert metrics.auc(labels, scores) == pytest.approx(by_pairs(labels, scores), abs=1e-12, nan_ok=True)
+
+
+@given(LOG)
+def test_integer_weight_equals_repetition(rows):
+    _, labels, scores, weights = rows
+    repeated = metrics.auc(np.repeat(labels, weights), np.repeat(scores, weights))
+    assert metrics.auc(labels, scores, weights) == pytest.approx(repeated, abs=1e-12, nan_ok=True)
+
+
+@given(LOG)
+def test_swapped_labels_mirror_auc(rows):
+    _, labels, scores, _ = rows
+    mirrored = 1 - metrics.auc(~labels, scores)
+    assert metrics.auc(labels, scores) == pytest.approx(mirrored, abs=1e-12, nan_ok=True)
+
+
+def test_large_integers_are_not_rounded_into_ties():
+    assert metrics.auc([0, 1], np.array([2**62, 2**62 + 1])) == 1
+    assert metrics.auc([0, 1, 0], np.array([2**62, 2**62 + 1, 0])) == 1
+
+
+@pytest.mark.parametrize("labels", [[], [1, 1], [0, 0]])
+def test_one_class_has_no_auc(labels):
+    scores = np.linspace(0.2, 0.8, len(labels))
+    assert np.isnan(metrics.auc(labels, scores))
+    assert np.isnan(metrics.auc(labels, scores, np.ones(len(labels))))
+    found = metrics.uauc([3] * len(labels), labels, scores)
+    assert np.isnan(found.weighted) and np.isnan(found.plain)
+    assert (found.users, found.skipped) == (0, int(len(labels) > 0))
+
+
+def test_class_without_weight_has_no_auc():
+    assert np.isnan(metrics.auc([0, 1], [0.1, 0.2], weights=[1, 0]))
+
+
+# UAUC
+
+
+def test_uauc_by_hand():
+    users = [7, 7, 7, 7, 2, 2, 5, 5]  # 7: 3 of 4 pairs; 2: a loss; 5: one class
+    labels = [1, 1, 0, 0, 1, 0, 1, 1]
+    scores = [9, 4, 1, 5, 1, 2, 0, 1]
+    found = metrics.uauc(users, labels, scores)
+    assert found == metrics.UAUC(weighted=(4 * 0.75 + 2 * 0) / 6, plain=0.375, users=2, skipped=1)
+    by_user = metrics.auc_by_user(users, labels, scores)
+    assert by_user.users.tolist() == [2, 5, 7] and by_user.rows.tolist() == [2, 2, 4]
+    np.testing.assert_array_equal(by_user.auc, [0, np.nan, 0.75])
+
+
+@pytest.mark.parametrize("spread", [1, 2**33])  # ids close together, and so far apart that they are numbered first
+@pytest.mark.parametrize("jitter", [0, 1e-9])  # scores that are float32 numbers, and such as need all of float64
+def test_uauc_equals_loop_over_users(spread, jitter):
+    random = np.random.default_rng(1)
+    users = random.integers(-100, 100, 4000) * spread
+    labels = random.integers(0, 2, 4000)
+    scores = random.integers(0, 8, 4000) / 4 + jitter * random.integers(0, 3, 4000)
+    found = metrics.uauc(users, labels, scores)
+    weighted, plain, counted, skipped = by_loop(users, labels, scores)
+    assert found.weighted == pytest.approx(weighted, abs=1e-12)
+    assert found.plain == pytest.approx(plain, abs=1e-12)
+    assert (found.users, found.skipped) == (counted, skipped)
+
+
+@given(LOG)
+def test_auc_of_each_user_is_its_auc_alone(rows):
+    users, labels, scores, _ = rows
+    found = metrics.auc_by_user(users, labels, scores)
+    assert found.users.tolist() == sorted(set(users.tolist()))
+    for user, value, count in zip(*found, strict=True):
+        mine = users == user
+        assert count == mine.sum()
+        assert value == pytest.approx(by_pairs(labels[mine], scores[mine]), abs=1e-12, nan_ok=True)
+
+
+def test_order_of_rows_does_not_matter():
+    users, labels, scores = random_log(2)
+    order = np.random.default_rng(0).permutation(len(users))
+    assert metrics.uauc(users[order], labels[order], scores[order]) == metrics.uauc(users, labels, scores)
+
+
+def test_uauc_of_one_user_is_auc():
+    _, labels, scores = random_log(3)
+    found = metrics.uauc(np.full(len(labels), 9), labels, scores)
+    assert found.weighted == found.plain == metrics.auc(labels, scores)
+
+
+# Probabilities
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_log_loss_equals_scikit_learn(dtype, weighted):
+    random = np.random.default_rng(4)
+    labels = random.integers(0, 2, 1000)
+    chances = random.random(1000).astype(dtype)
+    chances[:4] = 0, 1, 0, 1  # two of them wrong whatever the labels: the loss must stay finite
+    labels[:4] = 0, 1, 1, 0
+    weights = random.random(1000) if weighted else None
+    expected = sk.log_loss(labels, chances, sample_weight=weights)
+    assert metrics.log_loss(labels, chances, weights) == pytest.approx(expected, rel=1e-6)
+
+
+def test_normalised_entropy():
+    labels = np.array([1, 0, 0, 0])
+    assert metrics.normalised_entropy(labels, np.full(4, 0.25)) == pytest.approx(1, abs=1e-15)
+    half = log(2) / (0.25 * log(4) + 0.75 * log(4 / 3))
+    assert metrics.normalised_entropy(labels, np.full(4, 0.5)) == pytest.approx(half, abs=1e-15)
+    repeated = metrics.normalised_entropy(np.repeat(labels, [3, 1, 2, 0]), np.repeat([0.6, 0.1, 0.3, 0.2], [3, 1, 2, 0]))
+    assert metrics.normalised_entropy(labels, [0.6, 0.1, 0.3, 0.2], [3, 1, 2, 0]) == pytest.approx(repeated)
+    assert np.isnan(metrics.normalised_entropy([1, 1], [0.5, 0.9]))
+
+
+def test_calibration():
+    assert metrics.calibration([1, 0, 0, 0], [0.5, 0.5, 0.25, 0.25]) == 1.5
+    assert np.isnan(metrics.calibration([0, 0], [0.5, 0.5]))
+    chances = np.full(2**20, 0.1, np.float32)  # summed in float32 they would be off in the fourth digit
+    labels = np.arange(2**20) % 8 == 0
+    assert metrics.calibration(labels, chances) == pytest.approx(0.8, rel=1e-6)
+
+
+def test_recalibration_undoes_sampling():
+    chance, keep = np.linspace(0, 1, 11), 0.05
+    sampled = chance / (chance + (1 - chance) * keep)  # Bayes: the chance once negatives were thinned out
+    np.testing.assert_allclose(metrics.recalibrate(sampled, keep), chance, atol=1e-15)
+    np.testing.assert_array_equal(metrics.recalibrate([[0.2], [0.7]], 1.0), [[0.2], [0.7]])
+
+
+def test_table():
+    users, labels, chances = random_log(5)
+    weighted, plain, _, _ = by_loop(users, labels, chances)
+    loss = sk.log_loss(labels, chances)
+    expected = {
+        "auc": sk.roc_auc_score(labels, chances),
+        "uauc": weighted,
+        "uauc_plain": plain,
+        "log_loss": loss,
+        "ne": loss / sk.log_loss(labels, np.full(len(labels), labels.mean())),
+        "calibration": chances.mean() / labels.mean(),
+        "rows": len(labels),
+        "positives": labels.sum(),
+        "users": len(set(users.tolist())),
+    }
+    assert metrics.table(users, labels, chances) == pytest.approx(expected, abs=1e-12)
+
+
+def test_table_of_nothing_is_not_a_number():
+    found = metrics.table([], [], [])
+    assert (found["rows"], found["positives"], found["users"]) == (0, 0, 0)
+    assert all(np.isnan(found[name]) for name in ("auc", "uauc", "uauc_plain", "log_loss", "ne", "calibration"))
+
+
+# Ranks
+
+
+def test_ranks_by_hand():
+    ranks = [1, 3, 7, 20]
+    assert metrics.hit_rate(ranks, 3) == 0.5
+    assert metrics.ndcg(ranks, 7) == pytest.approx((1 + 1 / 2 + 1 / 3) / 4)
+    assert metrics.mrr(ranks) == pytest.approx((1 + 1 / 3 + 1 / 7 + 1 / 20) / 4)
+
+
+@pytest.mark.parametrize("k", [1, 5, 30])
+def test_ndcg_equals_scikit_learn(k):
+    scores = np.random.default_rng(6).random((50, 30))  # the target is candidate 0
+    ranks = 1 + (scores[:, 1:] > scores[:, :1]).sum(1)
+    target = np.eye(30)[np.zeros(50, int)]
+    assert metrics.ndcg(ranks, k) == pytest.approx(sk.ndcg_score(target, scores, k=k), abs=1e-12)
+
+
+@pytest.mark.parametrize("ranks", [[], [0, 1], [float("nan")], [[1]]])
+def test_bad_ranks(ranks):
+    for call in (metrics.mrr, lambda r: metrics.ndcg(r, 10), lambda r: metrics.hit_rate(r, 10)):
+        with pytest.raises(InputError, match="ranks"):
+            call(ranks)
+
+
+# Intervals
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_bootstrap_equals_its_slow_twin(metric):
+    """The same draws, with every drawn user's rows really repeated."""
+    users, labels, chances = random_log(7, rows=400, users=30)
+    models_a = np.stack([chances, np.round(chances**2, 2) + 0.01, np.clip(chances[::-1], 0.1, 0.8)])
+    models_b = 0.5 * models_a + 0.4 * labels * np.array([[0.1], [0.3], [0.2]])
+
+    def value(models, rows, drawn):
+        of = {
+            "auc": lambda scores: sk.roc_auc_score(labels[rows], scores[rows]),
+            "uauc": lambda scores: by_loop(users[rows], labels[rows], scores[rows])[0],
+            "log_loss": lambda scores: sk.log_loss(labels[rows], scores[rows]),
+            "ne": lambda scores: metrics.normalised_entropy(labels[rows], scores[rows]),
+        }[metric]
+        return np.mean([of(models[s]) for s in drawn])
+
+    random, everyone = np.random.default_rng(3), np.unique(users)
+    values = []
+    for _ in range(12):
+        counts = np.bincount(random.integers(len(everyone), size=len(everyone)), minlength=len(everyone))
+        rows = np.repeat(np.arange(400), counts[np.searchsorted(everyone, users)])
+        drawn = random.integers(3, size=3)
+        values.append([value(models_a, rows, drawn), value(models_b, rows, drawn)])
+    a, b = np.transpose(values)
+    whole = value(models_b, slice(None), range(3)) - value(models_a, slice(None), range(3))
+
+    found = paired_bootstrap(users, labels, models_a, models_b, metric, replicates=12, seed=3)
+    assert (found.mean, found.replicates) == (pytest.approx(whole, abs=1e-12), 12)
+    assert [found.low, found.high] == pytest.approx(np.percentile(b - a, [2.5, 97.5]), abs=1e-12)
+    single = bootstrap(users, labels, models_a, metric, replicates=12, seed=3)
+    assert [single.low, single.high] == pytest.approx(np.percentile(a, [2.5, 97.5]), abs=1e-12)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_identical_models_differ_by_exactly_nothing(metric):
+    users, labels, chances = random_log(8)
+    models = np.stack([chances, chances**2, chances[::-1]])  # seeds that differ much: only pairing cancels them
+    found = paired_bootstrap(users, labels, models, models.copy(), metric, replicates=50)
+    assert (found.mean, found.low, found.high) == (0, 0, 0) and not found.resolved
+
+
+def coverage(draw, truth, metric, runs=100):
+    """How often the interval holds the truth, and its width over the width that the estimates' spread asks for."""
+    found = [paired_bootstrap(*draw(np.random.default_rng(run)), metric, replicates=120) for run in range(runs)]
+    covered = np.mean([difference.low <= truth <= difference.high for difference in found])
+    width = np.mean([difference.high - difference.low for difference in found])
+    return covered, width / (2 * 1.96 * np.std([difference.mean for difference in found], ddof=1))
+
+
+def test_interval_of_log_loss_covers_the_truth():
+    """Users click at 10 % or at 40 %; b knows which, a does not. Rows of one user are alike, so rows must not be drawn."""
+
+    def entropy(p):
+        return -p * log(p) - (1 - p) * log(1 - p)
+
+    def draw(random):
+        users = np.repeat(np.arange(100), 30)
+        chance = random.choice([0.1, 0.4], 100)[users]
+        return users, random.random(3000) < chance, np.full(3000, 0.25), chance
+
+    covered, width = coverage(draw, (entropy(0.1) + entropy(0.4)) / 2 - entropy(0.25), "log_loss")
+    assert covered >= 0.88 and 0.75 < width < 1.3
+
+
+def test_interval_of_auc_covers_the_truth():
+    """Scores are normal with a user's own offset: the AUC of means d apart and variance v is Phi(d / sqrt(2 v))."""
+
+    def draw(random):
+        users = np.repeat(np.arange(150), 8)
+        labels = random.random(1200) < 0.4
+        noise = random.normal(size=150)[users] + random.normal(size=1200)
+        return users, labels, noise + 0.5 * labels, noise + random.normal(size=1200) + 1.5 * labels
+
+    phi = NormalDist().cdf
+    covered, width = coverage(draw, phi(1.5 / sqrt(2 * 3)) - phi(0.5 / sqrt(2 * 2)), "auc")
+    assert covered >= 0.88 and 0.75 < width < 1.3
+
+
+def test_pairing_resolves_what_single_intervals_cannot():
+    users, labels, chances = random_log(9)
+    better = chances + 0.01 * labels
+    paired = paired_bootstrap(users, labels, chances, better, replicates=200)
+    alone = bootstrap(users, labels, chances, replicates=200)
+    assert paired.resolved and paired.low > 0
+    assert alone.low < alone.mean < alone.high
+    assert alone.high - alone.low > 5 * (paired.high - paired.low)
+
+
+def test_seeds_that_disagree_widen_the_interval():
+    users, labels, chances = random_log(10)
+    weak = np.where(np.arange(len(labels)) % 2, chances, 0.5)
+    agree = bootstrap(users, labels, np.stack([chances] * 4), replicates=200)
+    disagree = bootstrap(users, labels, np.stack([chances, weak, chances, weak]), replicates=200)
+    assert disagree.high - disagree.low > 1.5 * (agree.high - agree.low)
+
+
+def test_draws_without_both_classes_are_left_out():
+    found = bootstrap([1, 2], [1, 0], [0.9, 0.1], replicates=200)  # half of the draws hold one user twice
+    assert (found.mean, found.low, found.high) == (1, 1, 1)
+    assert 60 < found.replicates < 140
+
+
+def test_resolved_means_zero_is_outside():
+    assert Difference(2, 1, 3, 500).resolved and Difference(-2, -3, -1, 500).resolved
+    assert not Difference(1, -1, 3, 500).resolved and not Difference(1, 0, 3, 500).resolved
+    assert not Difference(1, float("nan"), float("nan"), 0).resolved
+
+
+def test_seed_decides_the_draws():
+    users, labels, chances = random_log(11, rows=300)
+    first, same, other = [bootstrap(users, labels, chances, seed=seed, replicates=20) for seed in (1, 1, 2)]
+    assert first == same and first != other
+
+
+# Input that is refused
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: metrics.auc([0, 1], [0.1]), "scores have shape"),
+        (lambda: metrics.auc([0, 1], [[0.1, 0.2]]), "scores have shape"),
+        (lambda: metrics.auc([[0, 1]], [[0.1, 0.2]]), "labels have shape"),
+        (lambda: metrics.auc([0, 2], [0.1, 0.2]), "0 or 1"),
+        (lambda: metrics.auc([0, float("nan")], [0.1, 0.2]), "0 or 1"),
+        (lambda: metrics.auc(["no", "yes"], [0.1, 0.2]), "0 or 1"),
+        (lambda: metrics.auc([0, 1], [0.1, float("nan")]), "NaN"),
+        (lambda: metrics.auc([0, 1], ["a", "b"]), "numbers"),
+        (lambda: metrics.auc([0, 1], [0.1, 0.2], [1]), "weights have shape"),
+        (lambda: metrics.auc([0, 1], [0.1, 0.2], [1, -1]), "not negative"),
+        (lambda: metrics.auc([0, 1], [0.1, 0.2], [1, float("nan")]), "finite"),
+        (lambda: metrics.uauc([1], [0, 1], [0.1, 0.2]), "users have shape"),
+        (lambda: metrics.uauc([0.5, 1], [0, 1], [0.1, 0.2]), "integer"),
+        (lambda: metrics.log_loss([0, 1], [0.1, 1.2]), "between 0 and 1"),
+        (lambda: metrics.calibration([0, 1], [-0.1, 0.2]), "between 0 and 1"),
+        (lambda: metrics.recalibrate([0.5, 2.0], 0.1), "between 0 and 1"),
+        (lambda: metrics.recalibrate([0.5], 0.0), "keep_rate"),
+        (lambda: metrics.recalibrate([0.5], 1.5), "keep_rate"),
+        (lambda: metrics.table([1, 1], [0, 1], [0.1, float("nan")]), "NaN"),
+        (lambda: bootstrap([1, 1], [0, 1], [0.1, 0.2]), "two users"),
+        (lambda: bootstrap([1, 1, 2], [0, 1, 1], [0.1, 0.2, 0.3], "uauc"), "both classes"),
+        (lambda: bootstrap([1, 2], [0, 1], [0.1, 0.2], "mse"), "mse"),  # type: ignore[arg-type]
+        (lambda: bootstrap([1, 2], [0, 1], [[0.1], [0.2]]), "scores have shape"),
+        (lambda: paired_bootstrap([1, 2], [0, 1], [[0.1, 0.2]] * 2, [[0.1, 0.2]] * 3), "same number"),
+        (lambda: paired_bootstrap([1, 2], [0, 1], [0.1, 0.2], [0.1, float("nan")]), "NaN"),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(InputError, match=message) as raised:
+        call()
+    assert "\n" not in str(raised.value)
