@@ -1,4 +1,4 @@
-"""Metrics: against scikit-learn, brute force and hand-made examples; intervals against a slow twin and known truth."""
+"""Metrics against scikit-learn, brute force and by hand; intervals against a slow twin and known truth."""
 
 from math import log, sqrt
 from statistics import NormalDist
@@ -15,11 +15,17 @@ from scalerec.metrics import Difference, bootstrap, paired_bootstrap
 
 METRICS = ("auc", "uauc", "log_loss", "ne")
 
-# A few values that often tie, some of them awkward: -0.0 ties with 0.0; 1 and 1 + 1e-12 differ, but not in float32.
-SCORES = st.sampled_from([-np.inf, -2.5, -1e-40, -0.0, 0.0, 1e-40, 0.1, 1.0, 1.0 + 1e-12, 3e38, 1e200, np.inf])
+# Few values, so that they often tie, as -0.0 and 0.0 must. Those of DOUBLE would tie falsely as float32 or overflow.
+SINGLE = st.sampled_from([-np.inf, -2.5, -1.0, -0.0, 0.0, 0.5, 3.0, np.inf])
+DOUBLE = st.sampled_from([-1e200, -1.0, -1e-50, -0.0, 0.0, 1e-50, 1.0, 1.0 + 1e-12])
 USERS = st.sampled_from([0, 1, 2, -7, 2**31, -(2**63), 2**63 - 1])
-ROW = st.tuples(USERS, st.booleans(), SCORES, st.integers(0, 3))
-LOG = st.lists(ROW, min_size=1, max_size=40).map(lambda rows: [np.array(column) for column in zip(*rows, strict=True)])
+
+
+@st.composite
+def logs(draw):
+    """Users, labels, scores and integer weights of up to 40 rows."""
+    row = st.tuples(USERS, st.booleans(), draw(st.sampled_from([SINGLE, DOUBLE])), st.integers(0, 3))
+    return [np.array(column) for column in zip(*draw(st.lists(row, min_size=1, max_size=40)), strict=True)]
 
 
 def by_pairs(labels, scores):
@@ -69,20 +75,20 @@ def test_auc_equals_scikit_learn(dtype, weighted):
     assert metrics.auc(labels, scores, weights) == pytest.approx(expected, abs=1e-12)
 
 
-@given(LOG)
+@given(logs())
 def test_auc_is_its_definition(rows):
     _, labels, scores, _ = rows
     assert metrics.auc(labels, scores) == pytest.approx(by_pairs(labels, scores), abs=1e-12, nan_ok=True)
 
 
-@given(LOG)
+@given(logs())
 def test_integer_weight_equals_repetition(rows):
     _, labels, scores, weights = rows
     repeated = metrics.auc(np.repeat(labels, weights), np.repeat(scores, weights))
     assert metrics.auc(labels, scores, weights) == pytest.approx(repeated, abs=1e-12, nan_ok=True)
 
 
-@given(LOG)
+@given(logs())
 def test_swapped_labels_mirror_auc(rows):
     _, labels, scores, _ = rows
     mirrored = 1 - metrics.auc(~labels, scores)
@@ -122,8 +128,8 @@ def test_uauc_by_hand():
     np.testing.assert_array_equal(by_user.auc, [0, np.nan, 0.75])
 
 
-@pytest.mark.parametrize("spread", [1, 2**33])  # ids close together, and so far apart that they are numbered first
-@pytest.mark.parametrize("jitter", [0, 1e-9])  # scores that are float32 numbers, and such as need all of float64
+@pytest.mark.parametrize("spread", [1, 2**33])  # ids close together, and too far apart to be used as they are
+@pytest.mark.parametrize("jitter", [0, 1e-9])  # scores that float32 can hold, and scores that it cannot
 def test_uauc_equals_loop_over_users(spread, jitter):
     random = np.random.default_rng(1)
     users = random.integers(-100, 100, 4000) * spread
@@ -136,7 +142,7 @@ def test_uauc_equals_loop_over_users(spread, jitter):
     assert (found.users, found.skipped) == (counted, skipped)
 
 
-@given(LOG)
+@given(logs())
 def test_auc_of_each_user_is_its_auc_alone(rows):
     users, labels, scores, _ = rows
     found = metrics.auc_by_user(users, labels, scores)
@@ -180,8 +186,9 @@ def test_normalised_entropy():
     assert metrics.normalised_entropy(labels, np.full(4, 0.25)) == pytest.approx(1, abs=1e-15)
     half = log(2) / (0.25 * log(4) + 0.75 * log(4 / 3))
     assert metrics.normalised_entropy(labels, np.full(4, 0.5)) == pytest.approx(half, abs=1e-15)
-    repeated = metrics.normalised_entropy(np.repeat(labels, [3, 1, 2, 0]), np.repeat([0.6, 0.1, 0.3, 0.2], [3, 1, 2, 0]))
-    assert metrics.normalised_entropy(labels, [0.6, 0.1, 0.3, 0.2], [3, 1, 2, 0]) == pytest.approx(repeated)
+    chances, weights = np.array([0.6, 0.1, 0.3, 0.2]), [3, 1, 2, 0]
+    repeated = metrics.normalised_entropy(np.repeat(labels, weights), np.repeat(chances, weights))
+    assert metrics.normalised_entropy(labels, chances, weights) == pytest.approx(repeated)
     assert np.isnan(metrics.normalised_entropy([1, 1], [0.5, 0.9]))
 
 
@@ -220,8 +227,9 @@ def test_table():
 
 def test_table_of_nothing_is_not_a_number():
     found = metrics.table([], [], [])
-    assert (found["rows"], found["positives"], found["users"]) == (0, 0, 0)
-    assert all(np.isnan(found[name]) for name in ("auc", "uauc", "uauc_plain", "log_loss", "ne", "calibration"))
+    sizes = [found.pop(name) for name in ("rows", "positives", "users")]
+    assert sizes == [0, 0, 0] and len(found) == 6
+    assert all(np.isnan(value) for value in found.values())
 
 
 # Ranks
@@ -288,21 +296,24 @@ def test_bootstrap_equals_its_slow_twin(metric):
 @pytest.mark.parametrize("metric", METRICS)
 def test_identical_models_differ_by_exactly_nothing(metric):
     users, labels, chances = random_log(8)
-    models = np.stack([chances, chances**2, chances[::-1]])  # seeds that differ much: only pairing cancels them
+    models = np.stack([chances, chances**2, chances[::-1]])  # very different seeds: only pairing cancels them
     found = paired_bootstrap(users, labels, models, models.copy(), metric, replicates=50)
     assert (found.mean, found.low, found.high) == (0, 0, 0) and not found.resolved
 
 
 def coverage(draw, truth, metric, runs=100):
-    """How often the interval holds the truth, and its width over the width that the estimates' spread asks for."""
-    found = [paired_bootstrap(*draw(np.random.default_rng(run)), metric, replicates=120) for run in range(runs)]
+    """How often the interval holds the truth, and its width over what the spread of the estimates asks for."""
+    found = []
+    for run in range(runs):
+        users, labels, a, b = draw(np.random.default_rng(run))
+        found.append(paired_bootstrap(users, labels, a, b, metric, replicates=120))
     covered = np.mean([difference.low <= truth <= difference.high for difference in found])
     width = np.mean([difference.high - difference.low for difference in found])
     return covered, width / (2 * 1.96 * np.std([difference.mean for difference in found], ddof=1))
 
 
 def test_interval_of_log_loss_covers_the_truth():
-    """Users click at 10 % or at 40 %; b knows which, a does not. Rows of one user are alike, so rows must not be drawn."""
+    """Users click at 10 % or at 40 %; b knows which, a does not. A user's rows are alike: users must be drawn."""
 
     def entropy(p):
         return -p * log(p) - (1 - p) * log(1 - p)
@@ -317,7 +328,7 @@ def test_interval_of_log_loss_covers_the_truth():
 
 
 def test_interval_of_auc_covers_the_truth():
-    """Scores are normal with a user's own offset: the AUC of means d apart and variance v is Phi(d / sqrt(2 v))."""
+    """Scores are normal, with an offset per user: means d apart and variance v give AUC Phi(d / sqrt(2 v))."""
 
     def draw(random):
         users = np.repeat(np.arange(150), 8)
@@ -352,6 +363,11 @@ def test_draws_without_both_classes_are_left_out():
     found = bootstrap([1, 2], [1, 0], [0.9, 0.1], replicates=200)  # half of the draws hold one user twice
     assert (found.mean, found.low, found.high) == (1, 1, 1)
     assert 60 < found.replicates < 140
+    users, labels = [1, 1, 2, 2, 3, 4, 5, 6], [0, 1, 0, 1, 1, 1, 1, 1]  # users 1 and 2 may both be left out
+    with np.errstate(all="raise"):
+        found = bootstrap(users, labels, labels, "uauc", replicates=200)
+    assert (found.mean, found.low, found.high) == (1, 1, 1)
+    assert 150 < found.replicates < 200
 
 
 def test_resolved_means_zero_is_outside():
@@ -383,6 +399,7 @@ def test_seed_decides_the_draws():
         (lambda: metrics.auc([0, 1], [0.1, 0.2], [1]), "weights have shape"),
         (lambda: metrics.auc([0, 1], [0.1, 0.2], [1, -1]), "not negative"),
         (lambda: metrics.auc([0, 1], [0.1, 0.2], [1, float("nan")]), "finite"),
+        (lambda: metrics.auc([0, 1], [0.1, 0.2], [1, float("inf")]), "finite"),
         (lambda: metrics.uauc([1], [0, 1], [0.1, 0.2]), "users have shape"),
         (lambda: metrics.uauc([0.5, 1], [0, 1], [0.1, 0.2]), "integer"),
         (lambda: metrics.log_loss([0, 1], [0.1, 1.2]), "between 0 and 1"),

@@ -320,7 +320,7 @@ def _share(user: Rows) -> tuple[torch.Tensor, torch.Tensor]:
             code = mix(code + user.numbers[:, j].numpy().view(np.uint32))
         for jagged in (*user.lists.values(), *user.times.values()):
             values = jagged.values.contiguous().numpy()
-            values = values.reshape(len(values), -1).view(np.uint64)
+            values = (values[:, None] if values.ndim == 1 else values).view(np.uint64)
             lengths = jagged.lengths.numpy()
             position = np.arange(len(values)) - np.repeat(jagged.offsets[:-1].numpy(), lengths)
             mixed = mix(position.astype(np.uint64))

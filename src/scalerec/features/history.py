@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from scalerec.errors import InputError
-from scalerec.schema import Schema, Sequence
+from scalerec.schema import Categorical, Schema, Sequence
 
 Event = tuple[Any, ...]  # one value for each field of the sequence, then the time where the sequence keeps it
 State = Mapping[str, tuple[Event, ...]]  # by the name of the sequence; never changed in place
@@ -43,7 +43,7 @@ def as_columns(state: State, schema: Schema) -> dict[str, list[Any]]:
     """The state as one row's list columns, ready to be encoded."""
     lists: dict[str, list[Any]] = {}
     for sequence in schema.sequences:
-        entries = state.get(sequence.name, ())
+        entries = state.get(sequence.name, ())[-sequence.max_len :]
         for i, column in enumerate(_list_columns(sequence)):
             lists[column] = [entry[i] for entry in entries]
     return lists
@@ -107,9 +107,7 @@ class _Past:
     end: np.ndarray  # [rows]
 
     @staticmethod
-    def of(
-        rows: pa.Table, schema: Schema, sequence: Sequence, order: _Order, initial: Mapping[Any, State]
-    ) -> _Past:
+    def of(rows: pa.Table, schema: Schema, sequence: Sequence, order: _Order, initial: Mapping[Any, State]) -> _Past:
         logged = [_column(rows, column) for column in _event_columns(sequence, schema)]
         before = [initial.get(user, {}).get(sequence.name, ())[-sequence.max_len :] for user in order.users.to_pylist()]
         entries = [entry for events in before for entry in events]
@@ -154,7 +152,8 @@ def _event_columns(sequence: Sequence, schema: Schema) -> list[str]:
     columns = []
     for field in sequence.fields:
         feature = schema.feature(field.of)
-        columns.append(field.event or getattr(feature, "column") or feature.name)
+        assert isinstance(feature, Categorical)  # the schema saw to it
+        columns.append(field.event or feature.column or feature.name)
     if sequence.time:
         if schema.time is None:
             raise InputError(f"schema: sequence {sequence.name!r} keeps times: name the `time` column")

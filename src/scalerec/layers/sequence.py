@@ -37,17 +37,36 @@ class DIN(nn.Module):
 
     def forward(self, query: Tensor, sequence: EmbeddedSequence, user_of_row: Tensor) -> Tensor:
         """Query [B, w] and pasts of U users -> [B, w]; zero for an empty past."""
+        if torch.compiler.is_compiling():  # the number of pairs depends on the data; a compiled graph wants fixed ranks
+            return self.padded(query, sequence, user_of_row)
         w_q, w_k, w_d, w_p = self.weight
-        of_query = query @ (w_q + w_d) + self.bias  # [B, first]
-        of_key = (sequence.values @ (w_k - w_d))[user_of_row]  # [B, L, first]
-        keys = sequence.values[user_of_row]  # [B, L, w]
-        h = self.prelu[0]((of_key + of_query[:, None] + (query[:, None] * keys) @ w_p).flatten(0, 1))
-        scores = self.last(self.prelu[1](self.second(h))).view(keys.shape[:2])
-        scores = scores.masked_fill(~sequence.mask[user_of_row], 0.0)
-        return torch.einsum("bl,blw->bw", scores.to(keys.dtype), keys)
+        row, event = sequence.mask[user_of_row].nonzero(as_tuple=True)  # P pairs of a row and a real event
+        if not row.numel():
+            return torch.zeros_like(query)
+        place = user_of_row[row] * sequence.mask.shape[1] + event
+        keys = sequence.values.flatten(0, 1)  # [U L, w]
+        of_key = (keys @ (w_k - w_d)).index_select(0, place)  # [P, first]
+        of_query = (query @ (w_q + w_d) + self.bias).index_select(0, row)
+        keys = keys.index_select(0, place)
+        scores = self._scores(of_key + of_query + (query.index_select(0, row) * keys) @ w_p)
+        return torch.zeros_like(query).index_add(0, row, (scores * keys).to(query.dtype))
 
-    def macs(self, rows: int, users: int, length: int) -> int:
-        """Multiply-accumulates for `rows` candidates over `users` pasts of `length` padded events."""
+    def padded(self, query: Tensor, sequence: EmbeddedSequence, user_of_row: Tensor) -> Tensor:
+        """The same over all padded events, with the mask afterwards: the plain twin of `forward`."""
+        w_q, w_k, w_d, w_p = self.weight
+        keys = sequence.values[user_of_row]  # [B, L, w]
+        of_key = (sequence.values @ (w_k - w_d))[user_of_row]
+        of_query = query @ (w_q + w_d) + self.bias
+        hidden = of_key + of_query[:, None] + (query[:, None] * keys) @ w_p
+        scores = self._scores(hidden.flatten(0, 1)).view(keys.shape[:2])
+        scores = scores.masked_fill(~sequence.mask[user_of_row], 0.0)
+        return (scores[:, :, None] * keys).sum(1).to(query.dtype)
+
+    def _scores(self, hidden: Tensor) -> Tensor:
+        """First layer's output before its activation [P, first] -> [P, 1]."""
+        return self.last(self.prelu[1](self.second(self.prelu[0](hidden))))
+
+    def macs(self, rows: int, events: int, pairs: int) -> int:
+        """Multiply-accumulates of matrix products: `rows` candidates, `events` padded events of all users, `pairs`."""
         w, (first, second) = self.width, self.hidden
-        pair = w * first + first * second + second + w
-        return rows * w * first + users * length * w * first + rows * length * pair
+        return (rows + events) * w * first + pairs * (w * first + first * second + second)

@@ -141,8 +141,10 @@ class FeatureJoin(nn.Module):
         total = 0
         for name, din in self.din.items():
             lengths = batch.user.lists[name].lengths
-            longest = max(int(lengths.max()) if len(lengths) else 0, 1)
-            total += din.macs(len(batch), len(batch.user), longest)
+            pairs = int(lengths[batch.user_of_row].sum())
+            if pairs:
+                events = len(batch.user) * max(int(lengths.max()), 1)
+                total += din.macs(len(batch), events, pairs)
         return total
 
 

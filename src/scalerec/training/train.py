@@ -58,6 +58,9 @@ class Training:
         threads = self.config.threads or torch.get_num_threads()
         torch.set_num_threads(threads)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device.type == "cpu":  # or two threads add up a gradient in whichever order they come
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False
         earlier = self._earlier(resume, threads)
         self.state = State(threads=threads)
 
@@ -175,7 +178,8 @@ class Training:
         for optimizer in self.optimizers.values():
             optimizer.step()
         self.model.after_step()
-        return {"loss": float(loss), **{name: float(t.sum / t.weight.clamp(min=1e-12)) for name, t in terms.items()}}
+        found = {"loss": loss, **{name: term.sum / term.weight.clamp(min=1e-12) for name, term in terms.items()}}
+        return {name: value.item() for name, value in found.items()}
 
     def _note(self, losses: dict[str, float], rows: int) -> None:
         state = self.state

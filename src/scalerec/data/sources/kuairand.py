@@ -112,6 +112,7 @@ class KuaiRand(Source):
             "form": "official CSV files" if official else "re-assembled part (2022-04-25 to 2022-05-08)",
             "users_with_history_before_the_log": len(initial),
             "rates": {task: round(float(pc.mean(rows[task]).as_py()), 4) for task in TASKS},
+            "date": "the day on which a row was logged: up to an hour after the impression, so at times the next day",
             "finish_unknown": f"{unknown} rows have duration 0: neither a duration nor a finish label",
         }
 
@@ -204,11 +205,14 @@ def _read_copy(folder: Path) -> tuple[pa.Table, pa.Table, pa.Table, Past]:
     past: Past = {}
     columns = ("user_id", "last_time_ms", "watch_seq", "like_seq", "long_watch_seq")
     for user, last, watched, liked, long_viewed in zip(*(before[column].to_pylist() for column in columns)):
-        past[user] = last, {
-            "watched": tuple((video, author.get(video), tag.get(video)) for video in watched),
-            "liked": tuple((video, author.get(video)) for video in liked),
-            "long_viewed": tuple((video, author.get(video)) for video in long_viewed),
-        }
+        past[user] = (
+            last,
+            {
+                "watched": tuple((video, author.get(video), tag.get(video)) for video in watched),
+                "liked": tuple((video, author.get(video)) for video in liked),
+                "long_viewed": tuple((video, author.get(video)) for video in long_viewed),
+            },
+        )
     return log, users, videos, past
 
 

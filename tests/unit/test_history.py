@@ -1,0 +1,166 @@
+"""A user's past: replayed over a log it is what appending event by event gives, and never looks ahead."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scalerec.errors import InputError
+from scalerec.features import history
+from scalerec.schema import Categorical, Group, Schema, Sequence, SequenceField, Task
+
+SCHEMA = Schema(
+    groups=(
+        Group(
+            name="user",
+            side="user",
+            features=(
+                Categorical(name="user"),
+                Sequence(
+                    name="seen",
+                    fields=(SequenceField(of="item"), SequenceField(of="author", column="seen_by", event="maker")),
+                    time=True,
+                    max_len=3,
+                ),
+                Sequence(name="liked", fields=(SequenceField(of="item"),), where="like", max_len=2),
+            ),
+        ),
+        Group(
+            name="item", side="item", features=(Categorical(name="item", column="item_id"), Categorical(name="author"))
+        ),
+    ),
+    tasks=(Task(name="like"),),
+    user="user",
+    item="item_id",
+    time="time",
+)
+LISTS = ["seen_item", "seen_by", "seen_time", "liked_item"]
+COLUMNS = {"user": pa.string(), "time": pa.int64(), "item_id": pa.int64(), "maker": pa.string(), "like": pa.int8()}
+
+events = st.fixed_dictionaries(
+    {
+        "user": st.sampled_from(["a", "b", "c", None]),
+        "time": st.integers(0, 6),
+        "item_id": st.one_of(st.none(), st.integers(0, 9)),
+        "maker": st.sampled_from(["x", "y", None]),
+        "like": st.sampled_from([0, 1, 2, None]),
+    }
+)
+
+
+def table(rows: list[dict[str, Any]]) -> pa.Table:
+    return pa.table({name: pa.array([row[name] for row in rows], kind) for name, kind in COLUMNS.items()})
+
+
+def naive(rows: list[dict[str, Any]], initial: dict[str, dict[str, list[tuple]]]) -> list[dict[str, list]]:
+    """Written apart from the code: for every row, look at every other row."""
+    found = []
+    for row in rows:
+        seen, liked = [], []
+        if row["user"] is not None:
+            seen += initial.get(row["user"], {}).get("seen", [])
+            liked += initial.get(row["user"], {}).get("liked", [])
+            earlier = [e for e in rows if e["user"] == row["user"] and e["time"] < row["time"]]
+            for e in sorted(earlier, key=lambda e: e["time"]):
+                if e["item_id"] is not None:
+                    seen.append((e["item_id"], e["maker"], e["time"]))
+                    if e["like"]:
+                        liked.append((e["item_id"],))
+        seen, liked = seen[-3:], liked[-2:]
+        lists = [[e[0] for e in seen], [e[1] for e in seen], [e[2] for e in seen], [e[0] for e in liked]]
+        found.append(dict(zip(LISTS, lists)))
+    return found
+
+
+INITIAL = {
+    "a": {"seen": [(7, "x", -9), (8, None, -8), (9, "y", -7), (5, "y", -6)], "liked": [(9,)]},
+    "c": {"liked": [(1,), (2,), (3,)]},
+    "never seen": {"seen": [(1, "x", -5)]},
+}
+
+
+def frozen(initial: dict) -> dict[str, history.State]:
+    return {user: {name: tuple(entries) for name, entries in state.items()} for user, state in initial.items()}
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows=st.lists(events, max_size=25), start=st.sampled_from([{}, INITIAL]), size=st.sampled_from([1, 4, 100]))
+def test_replay_equals_the_naive_history(rows: list[dict], start: dict, size: int) -> None:
+    log = table(rows)
+    replayed = pa.concat_tables(history.replay_pieces(SCHEMA, log, frozen(start), size))
+    assert replayed.select(log.column_names) == log
+    assert replayed.select(LISTS).to_pylist() == naive(rows, start)
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows=st.lists(events, max_size=25))
+def test_replay_equals_append_event_by_event(rows: list[dict]) -> None:
+    rows = [row | {"time": time} for time, row in enumerate(rows)]
+    states: dict[Any, history.State] = frozen(INITIAL)
+    told = []
+    for row in rows:
+        state = states.get(row["user"], {}) if row["user"] is not None else {}
+        told.append(history.as_columns(state, SCHEMA))
+        states[row["user"]] = history.append(state, row, SCHEMA)
+    assert history.replay(SCHEMA, table(rows), frozen(INITIAL)).select(LISTS).to_pylist() == told
+
+
+def test_append_leaves_the_old_state_alone() -> None:
+    event = {"user": "a", "time": 1, "item_id": 4, "maker": "x", "like": 1}
+    before = history.append({}, event, SCHEMA)
+    after = history.append(before, event | {"time": 2}, SCHEMA)
+    assert before == {"seen": ((4, "x", 1),), "liked": ((4,),)}
+    assert after["seen"] == ((4, "x", 1), (4, "x", 2))
+    assert history.append(after, event | {"item_id": None}, SCHEMA) == after
+    assert len(history.append(after, event | {"like": None}, SCHEMA)["liked"]) == 2
+
+
+def test_append_names_the_missing_column() -> None:
+    with pytest.raises(InputError, match="'maker'.*'seen'"):
+        history.append({}, {"time": 1, "item_id": 4}, SCHEMA)
+
+
+def test_equal_times_do_not_see_each_other_and_keep_file_order() -> None:
+    rows = [
+        {"user": "a", "time": time, "item_id": item, "maker": None, "like": 0}
+        for time, item in [(5, 1), (2, 2), (2, 3), (9, 4)]
+    ]
+    lists = history.replay(SCHEMA, table(rows))["seen_item"].to_pylist()
+    assert lists == [[2, 3], [], [], [2, 3, 1]]
+
+
+def test_an_empty_log_gets_its_columns() -> None:
+    empty = history.replay(SCHEMA, table([]))
+    assert empty.num_rows == 0
+    assert empty.column_names[-len(LISTS) :] == LISTS
+
+
+@pytest.mark.parametrize("unit", ["s", "ns"])
+def test_timestamps_are_kept_as_they_are(unit: str) -> None:
+    moments = [datetime.datetime(2024, 1, day) for day in (3, 1, 2)]
+    rows = [{"user": "a", "time": 0, "item_id": i, "maker": None, "like": 1} for i in range(3)]
+    log = table(rows).set_column(1, "time", pa.array(moments, pa.timestamp(unit)))
+    log = log.set_column(4, "like", pa.array([True, False, True]))
+    replayed = history.replay(SCHEMA, log)
+    assert replayed["seen_item"].to_pylist() == [[1, 2], [], [1]]
+    assert replayed["seen_time"].type == pa.list_(pa.timestamp(unit))
+    assert replayed["liked_item"].to_pylist() == [[2], [], []]
+
+
+def test_errors_name_the_column() -> None:
+    rows = table([{"user": "a", "time": 1, "item_id": 1, "maker": "x", "like": 1}])
+    with pytest.raises(InputError, match="no column 'maker'"):
+        history.replay(SCHEMA, rows.drop_columns(["maker"]))
+    with pytest.raises(InputError, match="'time' has 1 rows without a time"):
+        history.replay(SCHEMA, rows.set_column(1, "time", pa.array([None], pa.int64())))
+    with pytest.raises(InputError, match="'time' is string"):
+        history.replay(SCHEMA, rows.set_column(1, "time", pa.array(["monday"])))
+    with pytest.raises(InputError, match="'like' is string"):
+        history.replay(SCHEMA, rows.set_column(4, "like", pa.array(["yes"])))
+    with pytest.raises(InputError, match="name the `time` column"):
+        history.replay(SCHEMA.model_copy(update={"time": None}), rows)
