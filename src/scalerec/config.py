@@ -93,9 +93,19 @@ def paths(config: BaseModel, prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def _branches(config: BaseModel, prefix: str = "") -> dict[str, Any]:
+    """The nested configurations, which can be replaced as a whole by JSON."""
+    found: dict[str, Any] = {}
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            found |= {prefix + name: value, **_branches(value, f"{prefix}{name}.")}
+    return found
+
+
 def override(config: ConfigT, changes: dict[str, str]) -> ConfigT:
     """A copy of `config` with fields replaced by path ("model.dim" -> "256"); InputError names the nearest real path."""
-    known = paths(config)
+    known = paths(config) | _branches(config)
     tree = config.model_dump(mode="json")
     for path, text in changes.items():
         if path not in known:

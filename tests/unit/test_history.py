@@ -121,7 +121,7 @@ def test_append_leaves_the_old_state_alone() -> None:
 
 
 def test_append_names_the_missing_column() -> None:
-    with pytest.raises(InputError, match="'maker'.*'seen'"):
+    with pytest.raises(InputError, match=r"'maker'.*'seen'"):
         history.append({}, {"time": 1, "item_id": 4}, SCHEMA)
 
 

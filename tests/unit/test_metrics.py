@@ -15,8 +15,8 @@ from scalerec.metrics import Difference, bootstrap, paired_bootstrap
 
 METRICS = ("auc", "uauc", "log_loss", "ne")
 
-# Few values, so that they often tie, as -0.0 and 0.0 must. Those of DOUBLE would tie falsely as float32 or overflow.
-SINGLE = st.sampled_from([-np.inf, -2.5, -1.0, -0.0, 0.0, 0.5, 3.0, np.inf])
+# Few values, so that they often tie, as -0.0 and 0.0 must. Those of DOUBLE do not fit float32.
+SINGLE = st.sampled_from([-np.inf, -2.5, -1.0, -(2.0**-70), -0.0, 0.0, 0.5, 3.0, np.inf])
 DOUBLE = st.sampled_from([-1e200, -1.0, -1e-50, -0.0, 0.0, 1e-50, 1.0, 1.0 + 1e-12])
 USERS = st.sampled_from([0, 1, 2, -7, 2**31, -(2**63), 2**63 - 1])
 
@@ -301,44 +301,43 @@ def test_identical_models_differ_by_exactly_nothing(metric):
     assert (found.mean, found.low, found.high) == (0, 0, 0) and not found.resolved
 
 
-def coverage(draw, truth, metric, runs=100):
-    """How often the interval holds the truth, and its width over what the spread of the estimates asks for."""
+def coverage(draw, truth, metric, runs=150):
+    """How often the interval holds the truth, and its width over what the estimates' spread asks for."""
     found = []
     for run in range(runs):
         users, labels, a, b = draw(np.random.default_rng(run))
-        found.append(paired_bootstrap(users, labels, a, b, metric, replicates=120))
+        found.append(paired_bootstrap(users, labels, a, b, metric, replicates=150))
     covered = np.mean([difference.low <= truth <= difference.high for difference in found])
     width = np.mean([difference.high - difference.low for difference in found])
     return covered, width / (2 * 1.96 * np.std([difference.mean for difference in found], ddof=1))
 
 
 def test_interval_of_log_loss_covers_the_truth():
-    """Users click at 10 % or at 40 %; b knows which, a does not. A user's rows are alike: users must be drawn."""
-
-    def entropy(p):
-        return -p * log(p) - (1 - p) * log(1 - p)
+    """Half of the users click at 10 %, half at 90 %; a says 50 %, b takes 3 in 10 users for the other kind."""
 
     def draw(random):
-        users = np.repeat(np.arange(100), 30)
-        chance = random.choice([0.1, 0.4], 100)[users]
-        return users, random.random(3000) < chance, np.full(3000, 0.25), chance
+        users = np.repeat(np.arange(100), 10)
+        chance = random.choice([0.1, 0.9], 100)
+        guess = np.where(random.random(100) < 0.3, 1 - chance, chance)
+        return users, random.random(1000) < chance[users], np.full(1000, 0.5), guess[users]
 
-    covered, width = coverage(draw, (entropy(0.1) + entropy(0.4)) / 2 - entropy(0.25), "log_loss")
-    assert covered >= 0.88 and 0.75 < width < 1.3
+    loss_b = 0.7 * -(0.9 * log(0.9) + 0.1 * log(0.1)) + 0.3 * -(0.9 * log(0.1) + 0.1 * log(0.9))
+    covered, width = coverage(draw, loss_b - log(2), "log_loss")
+    assert covered >= 0.9 and 0.8 < width < 1.25
 
 
 def test_interval_of_auc_covers_the_truth():
-    """Scores are normal, with an offset per user: means d apart and variance v give AUC Phi(d / sqrt(2 v))."""
+    """Normal scores with an offset per user: means d apart and variance v give the AUC Phi(d / sqrt(2 v))."""
 
     def draw(random):
-        users = np.repeat(np.arange(150), 8)
-        labels = random.random(1200) < 0.4
-        noise = random.normal(size=150)[users] + random.normal(size=1200)
-        return users, labels, noise + 0.5 * labels, noise + random.normal(size=1200) + 1.5 * labels
+        users = np.repeat(np.arange(200), 8)
+        labels = random.random(1600) < random.choice([0.1, 0.7], 200)[users]
+        offset, noise = random.normal(size=(2, 200))[:, users], random.normal(size=1600)
+        return users, labels, offset[0] + noise + 0.5 * labels, 2 * offset[1] + noise + 1.5 * labels
 
     phi = NormalDist().cdf
-    covered, width = coverage(draw, phi(1.5 / sqrt(2 * 3)) - phi(0.5 / sqrt(2 * 2)), "auc")
-    assert covered >= 0.88 and 0.75 < width < 1.3
+    covered, width = coverage(draw, phi(1.5 / sqrt(2 * 5)) - phi(0.5 / sqrt(2 * 2)), "auc")
+    assert covered >= 0.9 and 0.8 < width < 1.25
 
 
 def test_pairing_resolves_what_single_intervals_cannot():

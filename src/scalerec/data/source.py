@@ -36,6 +36,10 @@ class Source(Component):
         """Write Parquet files into the empty `folder` (read in the order of their names) and return notes for people."""
         raise NotImplementedError
 
+    def best_scores(self) -> dict[str, str]:
+        """Task -> column with its true probability, for data that was made by a teacher."""
+        return {}
+
     def identity(self) -> dict[str, Any]:
         """The fields that change the prepared files; by default all but the split."""
         return self.model_dump(mode="json", exclude={"split"})

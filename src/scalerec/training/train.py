@@ -264,5 +264,7 @@ def train(run: Run, out: Path, *, resume: bool = False, warm_start: Path | None 
             found[part] = evaluate.tables(predictions, training.encoder.layout.tasks)
         evaluate.write(predictions, training.encoder.layout.tasks, out / "test.parquet")
         found["parameters"] = {**training.model.parts(), "embedding": training.encoder.layout.embedding_parameters}
+        sample = next(iter(Loader(training.rows, training.encoder, "test", EVALUATION_BATCH)))
+        found["flops_per_row"] = training.model.flops(sample) / len(sample)
         checkpoint.write_atomically(done, json.dumps(found, indent=1))
     return found

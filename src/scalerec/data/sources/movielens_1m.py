@@ -66,7 +66,7 @@ def _read_copy(folder: Path) -> Tables:
     return Tables(
         pa.table([*wide, pa.array(times)], names=[*renamed.column_names, "time"]),
         _users(users),
-        _items(movies.rename_columns({"movie_id": "item_id"})),
+        _items(movies.rename_columns(["item_id" if name == "movie_id" else name for name in movies.column_names])),
         notes,
     )
 

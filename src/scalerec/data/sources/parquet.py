@@ -18,11 +18,13 @@ class Parquet(Source):
     """A file, a folder or a glob, and a JSON file that says what the columns mean."""
 
     kind: Literal["parquet"] = "parquet"
-    path: str
-    schema_file: str  # JSON of a Schema, as `scalerec schema infer` writes it
+    path: str = ""
+    schema_file: str = ""  # JSON of a Schema, as `scalerec schema infer` writes it
     split: Split = RandomSplit()
 
     def schema(self) -> Schema:
+        if not self.schema_file:
+            raise InputError("--data.schema_file is missing: `scalerec schema infer FILE --out schema.json` writes a first one")
         return config.read(Schema, self.schema_file)
 
     def build(self, folder: Path, progress: Callable[[str], None]) -> dict[str, Any]:
@@ -30,6 +32,8 @@ class Parquet(Source):
 
     def prepare(self, progress: Callable[[str], None] = lambda message: None) -> Prepared:
         """The files themselves, in the order of their names; InputError when there are none."""
+        if not self.path:
+            raise InputError("--data.path is missing: name your Parquet file, folder or glob")
         files = find_parquet(self.path)
         empty = next((file for file in files if not file.is_file()), None)
         if empty is not None:

@@ -70,6 +70,9 @@ class Synthetic(Source):
         tasks = tuple(Task(name=name) for name in TASKS)
         return Schema(groups=tuple(groups), tasks=tasks, user="user", item=FIELDS[ITEM], time="time")
 
+    def best_scores(self) -> dict[str, str]:
+        return {task: f"p_{task}" for task in TASKS}
+
     def build(self, folder: Path, progress: Callable[[str], None]) -> dict[str, Any]:
         progress(f"drawing {self.rows:,} rows")
         world = World.draw(self.rows, self.seed)

@@ -1,0 +1,262 @@
+"""The command line: every command reads its arguments, calls one function, prints for people or, with --json, machines."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from scalerec import config
+from scalerec.errors import InputError
+
+out = Console()
+PARTS = ("train", "validation", "test")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; 0 done, 2 something in the input has to change (one line on standard error)."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    try:
+        for package in options.allow:
+            config.allow(package)
+        changes = _changes(rest)
+        if changes and not options.overridable:
+            raise InputError(f"--{next(iter(changes))}: `scalerec {options.command}` has no such option")
+        options.changes = changes
+        options.run(options)
+    except InputError as error:
+        print(f"scalerec: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("scalerec: interrupted; `--resume` goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    common.add_argument("--allow", action="append", default=[], metavar="PACKAGE", help="let configurations name its classes")
+    parser = argparse.ArgumentParser("scalerec", description="Recommenders that get better as they get bigger.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def add(name: str, run: Any, help: str, overridable: bool = True) -> argparse.ArgumentParser:
+        more = "; any field of the run can be set by its path, as in --model.dim 256" if overridable else ""
+        command = commands.add_parser(name, parents=[common], help=help, description=help + more, allow_abbrev=False)
+        command.set_defaults(run=run, overridable=overridable)
+        return command
+
+    command = add("data", data, "prepare a recipe's data and count its parts")
+    command.add_argument("recipe")
+    command = add("schema", schema, "`schema infer FILE` writes a first schema; `schema show RECIPE` prints one")
+    command.add_argument("action", choices=("infer", "show"))
+    command.add_argument("source", help="a Parquet file, folder or glob; or a recipe")
+    command.add_argument("--out", type=Path, help="default: standard output")
+    add("recipes", recipes, "list the recipes", overridable=False)
+    command = add("describe", describe, "what a recipe builds: tokens, parameters, FLOPs, memory")
+    command.add_argument("recipe")
+    command = add("train", train, "train a recipe into a folder")
+    command.add_argument("recipe", help="a recipe, package.module:function, or the JSON file of a run")
+    command.add_argument("--out", type=Path, required=True)
+    command.add_argument("--seed", type=int)
+    command.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    command.add_argument("--warm-start", type=Path, metavar="RUN", help="begin with this run's weights; new ids append")
+    command.add_argument("--skip-bad-shards", action="store_true", help="leave out unreadable files, and count them")
+    command.add_argument("--quiet", action="store_true")
+    command = add("evaluate", evaluate, "metrics of a trained run")
+    command.add_argument("run_folder", type=Path, metavar="RUN")
+    command.add_argument("--part", choices=PARTS, default="test")
+    command.add_argument("--data", help="other Parquet files, all rows of them")
+    command.add_argument("--by", help="a column (or cold_user, cold_item): metrics of each of its values")
+    command.add_argument("--keep-rate", type=float, default=1.0, help="share of negatives kept when the log was sampled")
+    command = add("predict", predict, "the rows of Parquet files with scores, written while they are read", False)
+    command.add_argument("run_folder", type=Path, metavar="RUN")
+    command.add_argument("input", help="a Parquet file, folder or glob")
+    command.add_argument("--out", type=Path, required=True)
+    command.add_argument("--skip-bad-shards", action="store_true")
+    command = add("compare", compare, "train recipes under several seeds and report paired differences")
+    command.add_argument("recipe", nargs="+")
+    command.add_argument("--seeds", type=int, default=5)
+    command.add_argument("--out", type=Path, required=True)
+    command.add_argument("--reference", action="store_true", help="LightGBM on the same columns as one more row")
+    command.add_argument("--workers", type=int, default=1, help="runs trained at the same time, cores shared out")
+    return parser
+
+
+def _changes(rest: list[str]) -> dict[str, str]:
+    """Overrides: --a.b value or --a.b=value."""
+    changes: dict[str, str] = {}
+    words = iter(rest)
+    for word in words:
+        if not word.startswith("--"):
+            raise InputError(f"{word!r}: did not expect that; options look like --model.dim 256")
+        path, equals, value = word[2:].partition("=")
+        if not equals:
+            try:
+                value = next(words)
+            except StopIteration:
+                raise InputError(f"--{path}: needs a value") from None
+        changes[path] = value
+    return changes
+
+
+def _run(recipe: str, changes: dict[str, str]) -> Any:
+    from scalerec.recipes.catalogue import find
+    from scalerec.training.run import Run
+
+    run = config.read(Run, recipe) if recipe.endswith(".json") else find(recipe)
+    return config.override(run, changes)
+
+
+def data(options: argparse.Namespace) -> None:
+    from scalerec.data.reader import Rows, count_parts
+
+    run = _run(options.recipe, options.changes)
+    prepared = run.data.prepare(_say)
+    parts = count_parts(Rows.of(run.data, prepared), run.data.schema())
+    found = {
+        "files": [str(file) for file in prepared.files],
+        "parts": {part: {"rows": counts.rows, "positives": counts.positives} for part, counts in parts.items()},
+        "notes": prepared.notes,
+    }
+    if options.json:
+        return print(json.dumps(found))
+    table = Table("part", "rows", *(f"{task}" for task in parts["train"].positives))
+    for part, counts in parts.items():
+        shares = (f"{n / max(counts.rows, 1):.2%}" for n in counts.positives.values())
+        table.add_row(part, f"{counts.rows:,}", *shares)
+    out.print(table)
+    for key, value in prepared.notes.items():
+        out.print(f"{key}: {value}", highlight=False, markup=False)
+
+
+def schema(options: argparse.Namespace) -> None:
+    from scalerec.data.infer import infer
+    from scalerec.data.reader import Rows, find_parquet
+    from scalerec.data.split import NoSplit
+
+    if options.action == "infer":
+        found, remarks = infer(Rows(find_parquet(options.source), NoSplit()))
+        for remark in remarks:
+            _say(remark)
+    else:
+        found = _run(options.source, options.changes).data.schema()
+    text = json.dumps(found.model_dump(mode="json", exclude_defaults=False), indent=2) + "\n"
+    if options.out:
+        options.out.write_text(text)
+        _say(f"wrote {options.out}: read it, move features into groups that belong together, check the labels")
+    else:
+        print(text, end="")
+
+
+def recipes(options: argparse.Namespace) -> None:
+    from scalerec.recipes.catalogue import all_recipes
+
+    names = sorted(all_recipes())
+    print(json.dumps(names) if options.json else "\n".join(names))
+
+
+def describe(options: argparse.Namespace) -> None:
+    from scalerec.studies.describe import describe as figures
+
+    found = figures(_run(options.recipe, options.changes))
+    if options.json:
+        return print(json.dumps(found))
+    table = Table("what", "value", title=found["name"])
+    for part, number in found["parameters"].items():
+        table.add_row(f"parameters, {part}", f"{number:,}")
+    table.add_row("dense parameters", f"{found['dense_parameters']:,}")
+    table.add_row("embedding parameters", f"{found['embedding_parameters']:,} ({found['embedding_bytes'] / 2**20:,.1f} MiB)")
+    table.add_row(f"forward MACs, {found['rows']} rows of {found['users']} users", f"{found['forward_macs']:,}")
+    table.add_row("forward FLOPs (2 a MAC)", f"{found['forward_flops']:,}")
+    table.add_row("training FLOPs (3 x forward)", f"{found['training_flops']:,}")
+    table.add_row("forward FLOPs a row and dense parameter", f"{found['flops_per_row'] / found['dense_parameters']:.2f}")
+    out.print(table)
+    rows = [(f"token {i} ({t['side']})", t["features"]) for i, t in enumerate(found["tokens"])]
+    rows = rows or [(f"{g['name']} ({g['side']}, {g['width']})", g["features"]) for g in found["groups"]]
+    table = Table("token" if found["tokens"] else "group", "features")
+    for name, features in rows:
+        table.add_row(name, ", ".join(features).replace("[", "\\["))
+    out.print(table)
+
+
+def train(options: argparse.Namespace) -> None:
+    from scalerec.training.train import train as fit
+
+    changes = options.changes
+    if options.seed is not None:
+        changes["training.seed"] = str(options.seed)
+    if options.skip_bad_shards:
+        changes["skip_bad_shards"] = "true"
+    run = _run(options.recipe, changes)
+    quiet = options.quiet or options.json
+    found = fit(run, options.out, resume=options.resume, warm_start=options.warm_start, quiet=quiet)
+    if options.json:
+        return print(json.dumps(found))
+    _tables(found["test"], f"{run.name}, test rows")
+    _say(f"kept in {options.out}: best checkpoint, scores of the test rows, log, TensorBoard events")
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    from scalerec.studies.slices import evaluate_run
+
+    found = evaluate_run(
+        options.run_folder, part=options.part, data=options.data, by=options.by, keep_rate=options.keep_rate,
+        changes=options.changes,
+    )  # fmt: skip
+    if options.json:
+        return print(json.dumps(found))
+    for value, tables in found.items():
+        _tables(tables, f"{options.by} = {value}" if options.by else value)
+
+
+def predict(options: argparse.Namespace) -> None:
+    from scalerec.studies.scores import score_files
+
+    found = score_files(options.run_folder, options.input, options.out, skip_bad_shards=options.skip_bad_shards)
+    print(json.dumps(found) if options.json else f"{found['rows']:,} rows with scores in {options.out}")
+    for what, number in found["counts"].items():
+        _say(f"  {what}: {number:,}")
+
+
+def compare(options: argparse.Namespace) -> None:
+    from rich.markdown import Markdown
+
+    from scalerec.studies.compare import compare as paired
+    from scalerec.studies.report import markdown
+
+    if options.seeds < 1 or options.workers < 1:
+        raise InputError("--seeds and --workers must be at least 1")
+    runs = [_run(recipe, options.changes) for recipe in options.recipe]
+    command = "scalerec " + " ".join(sys.argv[1:])
+    found = paired(
+        runs, options.out, seeds=options.seeds, with_reference=options.reference, workers=options.workers, command=command
+    )
+    if options.json:
+        return print(json.dumps(found))
+    out.print(Markdown(markdown(found)))
+    _say(f"kept in {options.out}: report.md, report.json, report.png and every run")
+
+
+def _tables(tables: dict[str, dict[str, float]], title: str) -> None:
+    first = next(iter(tables.values()))
+    table = Table("task", *first, title=title)
+    for task, values in tables.items():
+        table.add_row(task, *(f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for v in values.values()))
+    out.print(table)
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""A first schema for a Parquet file, guessed from names and values, for a person to edit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from scalerec.data.reader import Rows
+from scalerec.errors import InputError
+from scalerec.schema import Categorical, Feature, Group, MultiCategorical, Numeric, Schema, Task
+
+SAMPLE = 200_000  # rows looked at
+GROUP = 6  # features to a guessed group
+FEW = 30  # distinct whole numbers up to which a column is a category
+LABEL = re.compile(r"^(is_|has_|did_)|label|click|like|buy|bought|purchas|convert|target|finish|skip|follow|share", re.I)
+OUTCOME = re.compile(r"play_?time|watch_?time|dwell|stay|_after|revenue|feedback|rating", re.I)
+USER = re.compile(r"^(user|uid|member|customer|visitor|account|viewer|profile)(_?id)?$", re.I)
+ITEM = re.compile(r"^(item|iid|video|movie|product|article|doc|ad|post|app|sku|song|news)(_?id)?$", re.I)
+TIME = re.compile(r"time|date|^ts$|_ts$|timestamp|_at$", re.I)
+
+
+def infer(rows: Rows) -> tuple[Schema, list[str]]:
+    """A schema for the first 200,000 rows, and remarks for the person who will edit it.
+
+    Raises:
+        InputError: no column looks like a user or like a label.
+    """
+    table = _sample(rows)
+    names = table.column_names
+    user = _only(names, USER, "user", "user_id")
+    item = next((name for name in names if ITEM.search(name)), None)
+    time = next((name for name in names if _is_time(table, name)), None)
+    labels = [name for name in names if LABEL.search(name) and _is_binary(table.column(name))]
+    if not labels:
+        raise InputError(
+            f"no column looks like a label (0 or 1, with a name such as click or is_liked) among {', '.join(names[:30])}: "
+            "rename one, or write the schema by hand (docs/data.md)"
+        )
+    remarks = []
+    sides: dict[Literal["user", "item"], list[Feature]] = {"user": [], "item": []}
+    owner = _codes(table.column(user))
+    for name in names:
+        if name in (time, *labels):
+            continue
+        column = table.column(name)
+        feature = _feature(name, column)
+        if feature is None:
+            remarks.append(f"{name}: left out ({column.type}, or one value only)")
+            continue
+        if OUTCOME.search(name):
+            remarks.append(f"{name}: known only after the row was shown? Then take it out, or the scores are too good")
+        side = "user" if name == user or (name != item and _constant_within(owner, column)) else "item"
+        sides[side].append(feature)
+    groups = [
+        Group(name=f"{side}_{number}", side=side, features=tuple(features[first : first + GROUP]))
+        for side, features in sides.items()
+        for number, first in enumerate(range(0, len(features), GROUP))
+    ]
+    remarks.append("groups: only cut into pieces of six; put together what belongs together")
+    tasks = tuple(Task(name=re.sub(r"^(is|has|did)_", "", name), label=name) for name in labels)
+    return Schema(groups=tuple(groups), tasks=tasks, user=user, item=item, time=time), remarks
+
+
+def _sample(rows: Rows) -> pa.Table:
+    pieces, count = [], 0
+    for batch in rows.whole().batches("train"):
+        pieces.append(batch)
+        count += batch.num_rows
+        if count >= SAMPLE:
+            break
+    return pa.Table.from_batches(pieces).combine_chunks()
+
+
+def _feature(name: str, column: pa.ChunkedArray) -> Feature | None:
+    kind = column.type
+    note: dict[str, Any] = {}
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        if pa.types.is_nested(kind.value_type) or pa.types.is_floating(kind.value_type):
+            return None
+        return MultiCategorical(name=name, note="a list: a past of the user would be a `sequence` (docs/data.md)")
+    distinct = pc.count_distinct(column).as_py()
+    if distinct < 2 or pa.types.is_nested(kind) or pa.types.is_binary(kind):
+        return None
+    note["note"] = f"{distinct:,} distinct values in {len(column):,} rows"
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind):
+        cut = next((s for s in "|;," if _share_with(column, s) > 0.5), None) if not pa.types.is_dictionary(kind) else None
+        if cut:
+            return MultiCategorical(name=name, separator=cut, **note)
+        return Categorical(name=name, **note)
+    if pa.types.is_boolean(kind):
+        return Categorical(name=name, **note)
+    if pa.types.is_integer(kind):
+        is_id = bool(USER.search(name) or ITEM.search(name) or re.search(r"(^|_)(id|type|code|cat|zip|tag)s?$", name, re.I))
+        return Categorical(name=name, **note) if is_id or distinct <= FEW else Numeric(name=name, **note)
+    if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        return Numeric(name=name, **note)
+    return None
+
+
+def _share_with(column: pa.ChunkedArray, separator: str) -> float:
+    return pc.mean(pc.match_substring(column, separator)).as_py() or 0.0
+
+
+def _is_binary(column: pa.ChunkedArray) -> bool:
+    if pa.types.is_boolean(column.type):
+        return True
+    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+        return False
+    values = pc.unique(column.drop_null()).to_pylist()
+    return set(values) == {0, 1}
+
+
+def _is_time(table: pa.Table, name: str) -> bool:
+    kind = table.column(name).type
+    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+        return True
+    number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+    return bool(number and TIME.search(name) and not OUTCOME.search(name) and pc.count_distinct(table.column(name)).as_py() > FEW)
+
+
+def _only(names: Iterable[str], pattern: re.Pattern[str], what: str, example: str) -> str:
+    found = next((name for name in names if pattern.search(name)), None)
+    if found is None:
+        raise InputError(f"no column looks like a {what} (such as {example!r}) among {', '.join(names)}: rename one")
+    return found
+
+
+def _codes(column: pa.ChunkedArray) -> np.ndarray:
+    if not pa.types.is_dictionary(column.type):
+        column = column.dictionary_encode(null_encoding="encode")
+    return np.concatenate([chunk.indices.to_numpy(zero_copy_only=False) for chunk in column.unify_dictionaries().chunks])
+
+
+def _constant_within(owner: np.ndarray, column: pa.ChunkedArray) -> bool:
+    """Whether no user shows two values, with enough users seen twice to tell."""
+    if pa.types.is_nested(column.type):
+        return False
+    values = _codes(column)
+    order = np.argsort(owner, kind="stable")
+    same_owner = owner[order][1:] == owner[order][:-1]
+    return bool(same_owner.sum() >= 10 and (values[order][1:] == values[order][:-1])[same_owner].all())

@@ -1,0 +1,28 @@
+"""A log with a known best score: the teacher with groups; `--data.teacher flat` is the one without."""
+
+from __future__ import annotations
+
+from scalerec.data.sources.synthetic import Synthetic
+from scalerec.models.base import ModelConfig
+from scalerec.models.dcnv2 import DCNv2Config
+from scalerec.models.dlrm_mlp import DLRMMLPConfig
+from scalerec.models.rankmixer import RankMixerConfig
+from scalerec.training.optim import OptimizerConfig
+from scalerec.training.run import Run, TrainingConfig
+
+
+def _run(name: str, model: ModelConfig) -> Run:
+    training = TrainingConfig(epochs=1, batch_size=1024, optimizer=OptimizerConfig(embedding_lr=0.05))
+    return Run(name=f"{name}_synthetic", data=Synthetic(), model=model, training=training)
+
+
+def rankmixer_synthetic() -> Run:
+    return _run("rankmixer", RankMixerConfig(dim=96, num_tokens=12, ffn_dim=192))
+
+
+def dcnv2_synthetic() -> Run:
+    return _run("dcnv2", DCNv2Config(crosses=3, rank=128, hidden=(512, 256)))
+
+
+def dlrm_mlp_synthetic() -> Run:
+    return _run("dlrm_mlp", DLRMMLPConfig(hidden=(512, 256, 128)))

@@ -1,0 +1,162 @@
+"""Recipes x seeds -> one paired table: what differs, by how much, and whether that is resolved."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from scalerec import checkpoint, evaluate, metrics
+from scalerec.config import override, parse
+from scalerec.data.reader import Rows
+from scalerec.errors import InputError
+from scalerec.evaluate import Predictions
+from scalerec.studies import reference, report
+from scalerec.training.run import Run
+from scalerec.training.train import train
+
+METRICS: tuple[metrics.Metric, ...] = ("auc", "uauc", "ne")
+
+
+def compare(
+    runs: list[Run], out: Path, *, seeds: int = 5, with_reference: bool = False, workers: int = 1,
+    replicates: int = 500, command: str = "",
+) -> dict[str, Any]:  # fmt: skip
+    """Train what is missing of every run under seeds 0..S-1, then compare all with the first on the same test rows.
+
+    Writes `report.md`, `report.json` and `report.png` into `out` and returns what the JSON holds.
+
+    Raises:
+        InputError: the runs do not share data and tasks, or a folder holds another run.
+    """
+    first = runs[0]
+    for run in runs[1:]:
+        if run.data != first.data or run.dim != first.dim:
+            raise InputError(f"{run.name} and {first.name} read different data: compare recipes of one data set")
+    names = [run.name for run in runs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise InputError(f"{twice} is named twice: compare different recipes")
+    console = Console(stderr=True)
+    first.data.prepare(lambda message: console.print(message, highlight=False, markup=False))  # once, before any worker
+    jobs = [(run, seed, out / run.name / f"seed-{seed}") for run in runs for seed in range(seeds)]
+    with ThreadPoolExecutor(workers) as pool:
+        for _ in pool.map(lambda job: _train(*job, workers, console), jobs):
+            pass
+    if with_reference:
+        for seed in range(seeds):
+            _reference(first, out / "lightgbm" / f"seed-{seed}", seed, console)
+        names.append("lightgbm")
+    tasks = [task.name for task in first.data.schema().tasks]
+    results = {name: [_read(out / name / f"seed-{seed}") for seed in range(seeds)] for name in names}
+    predictions = {
+        name: [evaluate.read(out / name / f"seed-{seed}" / "test.parquet", tasks) for seed in range(seeds)]
+        for name in names
+    }
+    found = {
+        "command": command, "seeds": seeds, "data": first.data.model_dump(mode="json"), "tasks": tasks,
+        "notes": first.data.prepare().notes, "machine": report.machine(), "reference": names[0],
+        "test_rows": len(predictions[names[0]][0].users), "test_users": len(np.unique(predictions[names[0]][0].users)),
+        "models": [_row(name, results[name], predictions, names[0], tasks, replicates) for name in names],
+        "best_reachable": _best_reachable(first, predictions[names[0]][0], tasks),
+    }  # fmt: skip
+    report.write(found, out)
+    return found
+
+
+def _train(run: Run, seed: int, folder: Path, workers: int, console: Console) -> None:
+    """Train one run unless it is finished; a cut one is resumed, another run in its place is an error."""
+    run = override(run, {"training.seed": str(seed)})
+    if (folder / "metrics.json").exists():
+        kept = parse(Run, checkpoint.load(folder).run, str(folder))
+        if kept != run:
+            raise InputError(f"{folder} holds a run with other options: use another --out")
+        return
+    resume = bool(checkpoint.saved(folder))
+    if not resume and folder.exists():
+        shutil.rmtree(folder)
+    console.print(f"{'resuming' if resume else 'training'} {run.name}, seed {seed}", highlight=False)
+    if workers == 1:
+        train(run, folder, resume=resume)
+        return
+    # A process each: the models are small, so cores serve better one run apiece than all on one.
+    threads = str(max((os.cpu_count() or 1) // workers, 1))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text(run.model_dump_json())
+    command = [sys.executable, "-m", "scalerec", "train", str(folder / "run.json"), "--out", str(folder), "--quiet"]
+    done = subprocess.run(
+        command + ["--resume"] * resume, env={**os.environ, "OMP_NUM_THREADS": threads}, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise InputError(f"{run.name}, seed {seed}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
+
+
+def _reference(run: Run, folder: Path, seed: int, console: Console) -> None:
+    if not (folder / "metrics.json").exists():
+        console.print(f"training lightgbm, seed {seed}", highlight=False)
+        found = reference.train(run, folder, seed)
+        checkpoint.write_atomically(folder / "metrics.json", json.dumps(found, indent=1))
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def _row(
+    name: str, results: list[dict], predictions: dict[str, list[Predictions]], first: str, tasks: list[str],
+    replicates: int,
+) -> dict[str, Any]:  # fmt: skip
+    """One model's line: sizes, and per task and metric the mean and spread over seeds and the difference to the first."""
+    parameters = results[0].get("parameters", {})
+    row: dict[str, Any] = {
+        "name": name,
+        "dense_parameters": sum(v for k, v in parameters.items() if k != "embedding") or None,
+        "parameters": parameters,
+        "flops_per_row": results[0].get("flops_per_row"),
+        "seconds": float(np.mean([result["seconds"] for result in results])),
+        "tasks": {},
+    }
+    for j, task in enumerate(tasks):
+        mine, base = (_scores(predictions[n], j) for n in (name, first))
+        row["tasks"][task] = {}
+        for metric in METRICS:
+            values = [result["test"][task][metric] for result in results]
+            entry = {
+                "values": values,
+                "mean": float(np.mean(values)),
+                "spread": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
+            }
+            if name != first:
+                users, labels, scores = mine
+                change = metrics.paired_bootstrap(users, labels, base[2], scores, metric, replicates)
+                entry |= {"difference": change.mean, "low": change.low, "high": change.high}
+                entry["resolved"] = change.resolved
+            row["tasks"][task][metric] = entry
+    return row
+
+
+def _scores(predictions: list[Predictions], j: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Users [n], labels [n] and scores [S, n] of the rows that count for task j."""
+    first = predictions[0]
+    counted = first.weights[:, j] > 0
+    scores = np.stack([p.probabilities[counted, j] for p in predictions])
+    return first.users[counted], first.labels[counted, j], scores
+
+
+def _best_reachable(run: Run, test: Predictions, tasks: list[str]) -> dict[str, dict[str, float]]:
+    """Metrics of the teacher's own probabilities on the test rows, where the data has a teacher."""
+    columns = run.data.best_scores()
+    if not columns:
+        return {}
+    rows = Rows.of(run.data, run.data.prepare())
+    batches = list(rows.batches("test", list(columns.values())))
+    scores = {t: np.concatenate([b.column(c).to_numpy() for b in batches]) for t, c in columns.items()}
+    return {t: metrics.table(test.users, test.labels[:, j], scores[t]) for j, t in enumerate(tasks)}

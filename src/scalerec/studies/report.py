@@ -1,0 +1,114 @@
+"""A comparison as Markdown, JSON and a picture."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import scalerec
+
+SMALL_TEST = 50_000  # rows; below it a report says that the test set is small
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on besides the code."""
+    return {
+        "scalerec": scalerec.__version__, "commit": _commit(), "torch": torch.__version__,
+        "python": platform.python_version(), "processor": _processor(), "cores": os.cpu_count(),
+    }  # fmt: skip
+
+
+def write(found: dict[str, Any], out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.json").write_text(json.dumps(found, indent=1))
+    (out / "report.md").write_text(markdown(found))
+    _figure(found, out / "report.png")
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """One table per task; differences are to the first model, with 95 % intervals over users and seeds."""
+    lines = [f"# {', '.join(model['name'] for model in found['models'])}", ""]
+    lines += [
+        f"{found['test_rows']:,} test rows of {found['test_users']:,} users, {found['seeds']} seeds. Differences are to "
+        f"{found['reference']}, in points of 1/100, with 95 % intervals from a bootstrap over users and seeds; where the "
+        "interval holds zero the difference is *not resolved*.",
+    ]
+    if found["test_rows"] < SMALL_TEST:
+        lines += ["", "**This test set is small: only large differences can be resolved on it.**"]
+    lines += ["", "| model | dense parameters | forward FLOPs a row | training seconds |", "|---|---:|---:|---:|"]
+    for model in found["models"]:
+        sizes = (f"{model[key]:,.0f}" if model[key] else "" for key in ("dense_parameters", "flops_per_row"))
+        lines.append(f"| {model['name']} | {' | '.join(sizes)} | {model['seconds']:.0f} |")
+    for task in found["tasks"]:
+        lines += ["", f"## {task}", "", "| model | AUC | difference | UAUC | difference | NE | difference |"]
+        lines.append("|---|---:|---|---:|---|---:|---|")
+        for model in found["models"]:
+            cells = [cell for metric in ("auc", "uauc", "ne") for cell in _cells(model["tasks"][task][metric])]
+            lines.append(f"| {model['name']} | {' | '.join(cells)} |")
+        best = found["best_reachable"].get(task)
+        if best:
+            lines.append(f"| *best reachable* | {best['auc']:.4f} | | {best['uauc']:.4f} | | {best['ne']:.4f} | |")
+    facts = ", ".join(f"{key} {value}" for key, value in found["machine"].items() if value)
+    lines += ["", f"Command: `{found['command']}`", "", f"Machine: {facts}", ""]
+    return "\n".join(lines)
+
+
+def _cells(entry: dict[str, Any]) -> tuple[str, str]:
+    value = f"{entry['mean']:.4f} ± {entry['spread']:.4f}"
+    if "difference" not in entry:
+        return value, ""
+    change = f"{100 * entry['difference']:+.2f} [{100 * entry['low']:+.2f}, {100 * entry['high']:+.2f}]"
+    return value, change if entry["resolved"] else f"{change} *not resolved*"
+
+
+def _figure(found: dict[str, Any], path: Path) -> None:
+    """AUC differences to the first model with their intervals, one panel per task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    others = found["models"][1:]
+    if not others:
+        return
+    tasks = found["tasks"]
+    figure, axes = plt.subplots(1, len(tasks), figsize=(3.2 * len(tasks) + 1.2, 0.6 * len(others) + 1.6), sharey=True)
+    for axis, task in zip([axes] if len(tasks) == 1 else axes, tasks):
+        for y, model in enumerate(others):
+            entry = model["tasks"][task]["auc"]
+            axis.plot([100 * entry["low"], 100 * entry["high"]], [y, y], color="tab:blue")
+            axis.plot(100 * entry["difference"], y, "o", color="tab:blue" if entry["resolved"] else "lightgrey")
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_title(task)
+        axis.set_yticks(range(len(others)), [model["name"] for model in others])
+        axis.set_ylim(len(others) - 0.5, -0.5)
+    figure.supxlabel(f"AUC x 100 minus that of {found['reference']}, 95 % interval", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _commit() -> str:
+    """The commit of the code, where it runs from a checkout of its own."""
+    root = Path(scalerec.__file__).parents[2]
+    if not (root / ".git").exists():
+        return ""
+    try:
+        asked = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+        return subprocess.run(asked, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()

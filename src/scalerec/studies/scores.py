@@ -1,0 +1,67 @@
+"""Files in, the same rows with scores out, in constant memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from scalerec import checkpoint
+from scalerec.data.reader import Rows, find_parquet
+from scalerec.data.split import NoSplit
+from scalerec.errors import InputError
+
+BATCH = 4096
+
+
+def score_files(folder: Path, source: str, out: Path, *, skip_bad_shards: bool = False) -> dict[str, Any]:
+    """Write the rows of `source` to `out` with one column `score_<task>` per task; `out` appears only when complete.
+
+    Raises:
+        InputError: no checkpoint, no files, columns missing, a column of that name already there.
+    """
+    saved = checkpoint.load(folder)
+    rows = Rows(find_parquet(source), NoSplit(), skip_bad_shards=skip_bad_shards)
+    names = [f"score_{task}" for task in saved.layout.tasks]
+    clash = [name for name in names if name in rows.columns]
+    if clash:
+        raise InputError(f"{source}: already has a column {clash[0]!r}; rename it first")
+    temporary = out.with_name(f".{out.name}.new")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    count = 0
+    try:
+        writer = None
+        for scored in _scored(saved, rows, names):
+            writer = writer or pq.ParquetWriter(temporary, scored.schema, compression="zstd")
+            writer.write_batch(scored)
+            count += scored.num_rows
+        if writer is None:
+            raise InputError(f"{source}: no rows to score")
+        writer.close()
+        temporary.replace(out)
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{source}: files of different columns cannot be written together ({error})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    counts = Counter(saved.encoder.counts) + rows.counts
+    return {"rows": count, "out": str(out), "counts": {k: v for k, v in counts.items() if k != "rows"}}
+
+
+def _scored(saved: checkpoint.Checkpoint, rows: Rows, names: list[str]) -> Iterator[pa.RecordBatch]:
+    model = saved.model()
+    for piece in rows.pieces("train"):
+        if not piece.rows.num_rows:
+            continue
+        where = str(piece.group.file)
+        batch = saved.encoder.encode(piece.rows, index=piece.index, where=where, labels=False)
+        with torch.inference_mode():
+            parts = torch.arange(len(batch)).split(BATCH)
+            scores = torch.cat([torch.sigmoid(model(batch.take(part)).logits) for part in parts]).numpy()
+        arrays = [*piece.rows.columns, *(pa.array(np.ascontiguousarray(scores[:, j])) for j in range(len(names)))]
+        yield pa.RecordBatch.from_arrays(arrays, names=[*piece.rows.schema.names, *names])

@@ -1,0 +1,73 @@
+"""Metrics of a trained run on any part, any files, and any slice of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from scalerec import checkpoint, metrics
+from scalerec.batch import UNKNOWN
+from scalerec.config import override, parse
+from scalerec.data.loader import Loader
+from scalerec.data.reader import Rows, find_parquet
+from scalerec.data.split import NoSplit, Part
+from scalerec.errors import InputError
+from scalerec.evaluate import Predictions
+from scalerec.evaluate import predict as predict_batches
+from scalerec.evaluate import tables as tables_of
+from scalerec.features.encoder import Encoder
+from scalerec.schema import Categorical
+from scalerec.training.run import Run
+
+MOST_VALUES = 50  # slices shown
+
+
+def evaluate_run(
+    folder: Path, *, part: Part = "test", data: str | None = None, by: str | None = None, keep_rate: float = 1.0,
+    changes: dict[str, str] | None = None,
+) -> dict[str, dict[str, dict[str, float]]]:  # fmt: skip
+    """Slice -> task -> metrics; without `by` the one slice is the part itself.
+
+    Raises:
+        InputError: no checkpoint, files without the columns of its schema, a column to slice by that is not there.
+    """
+    saved = checkpoint.load(folder)
+    run = override(parse(Run, saved.run, str(folder)), changes or {})
+    if data:
+        rows, part = Rows(find_parquet(data), NoSplit()), "train"
+    else:
+        rows = Rows.of(run.data, run.data.prepare(), skip_bad_shards=run.skip_bad_shards)
+    predictions = predict_batches(saved.model(), Loader(rows, saved.encoder, part, 4096))
+    if keep_rate != 1.0:
+        corrected = metrics.recalibrate(predictions.probabilities, keep_rate).astype(np.float32)
+        predictions = predictions._replace(probabilities=corrected)
+    tasks = saved.layout.tasks
+    if by is None:
+        return {Path(data).name if data else part: tables_of(predictions, tasks)}
+    values = _values(rows, part, by, saved.encoder, predictions)
+    found, counts = np.unique(values, return_counts=True)
+    largest = found[np.sort(np.argsort(-counts, kind="stable")[:MOST_VALUES])]
+    return {str(value): tables_of(predictions, tasks, values == value) for value in largest}
+
+
+def _values(rows: Rows, part: Part, by: str, encoder: Encoder, predictions: Predictions) -> np.ndarray:
+    """The slice [n] of each scored row, as text."""
+    schema = encoder.schema
+    cold = {"cold_user": schema.user, "cold_item": schema.item}
+    if by in cold:
+        feature = next(
+            (f for f in schema.features if isinstance(f, Categorical) and (f.column or f.name) == cold[by]), None
+        )
+        if feature is None or feature.name not in encoder.vocabularies:
+            raise InputError(f"--by {by}: column {cold[by]!r} is no categorical feature with a dictionary in this schema")
+        vocabulary = encoder.vocabularies[feature.name]
+        column = feature.column or feature.name
+        unknown = [vocabulary.ids(b.column(column), column) == UNKNOWN for b in rows.batches(part, [column])]
+        return np.where(np.concatenate(unknown), "new", "known")
+    values = [b.column(by) for b in rows.batches(part, [by])]
+    flat = pa.chunked_array(values)
+    if pa.types.is_nested(flat.type):
+        raise InputError(f"--by {by}: is {flat.type}; slice by a column of single values")
+    return np.asarray([str(value) for value in flat.to_pylist()])
