@@ -27,7 +27,7 @@ def options(description: str) -> argparse.ArgumentParser:
 
 
 def refuse_if_busy(even_if_busy: bool = False, limit: float = 0.35, seconds: float = 1.0) -> bool:
-    """Exit with 3 when others use more than `limit` cores; with `even_if_busy` only say so and return True."""
+    """Exit with 3 when others use more than `limit` cores; with `even_if_busy` only warn and return True."""
     before = {pid: used for pid, _, used in _processes()}
     start = time.perf_counter()
     time.sleep(seconds)

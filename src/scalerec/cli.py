@@ -247,10 +247,10 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def _tables(tables: dict[str, dict[str, float]], title: str) -> None:
-    first = next(iter(tables.values()))
-    table = Table("task", *first, title=title)
-    for task, values in tables.items():
-        table.add_row(task, *(f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for v in values.values()))
+    table = Table("metric", *tables, title=title)
+    for metric in next(iter(tables.values())):
+        values = (found[metric] for found in tables.values())
+        table.add_row(metric, *(f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for v in values))
     out.print(table)
 
 

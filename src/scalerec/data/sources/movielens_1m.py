@@ -16,9 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
-from scalerec.data.source import Split
 from scalerec.data.sources._movielens import MovieLens, Tables, fetch, find, official, title_year
-from scalerec.data.split import TimeSplit
+from scalerec.data.split import Split, TimeSplit
 from scalerec.errors import InputError
 
 FOLDER = "ml-1m"

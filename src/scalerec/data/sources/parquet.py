@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from scalerec import config
 from scalerec.data.reader import find_parquet
-from scalerec.data.source import Prepared, Source, Split
-from scalerec.data.split import RandomSplit
+from scalerec.data.source import Prepared, Source
+from scalerec.data.split import RandomSplit, Split
 from scalerec.errors import InputError
 from scalerec.schema import Schema
 
@@ -24,7 +24,9 @@ class Parquet(Source):
 
     def schema(self) -> Schema:
         if not self.schema_file:
-            raise InputError("--data.schema_file is missing: `scalerec schema infer FILE --out schema.json` writes a first one")
+            raise InputError(
+                "--data.schema_file is missing: `scalerec schema infer FILE --out schema.json` writes a first one"
+            )
         return config.read(Schema, self.schema_file)
 
     def build(self, folder: Path, progress: Callable[[str], None]) -> dict[str, Any]:

@@ -20,8 +20,8 @@ import pyarrow as pa
 from pydantic import Field
 
 from scalerec.data.parts import ROW_GROUP, write_parts
-from scalerec.data.source import Source, Split
-from scalerec.data.split import TimeSplit
+from scalerec.data.source import Source
+from scalerec.data.split import Split, TimeSplit
 from scalerec.features import history
 from scalerec.schema import Categorical, Group, Schema, Sequence, SequenceField, Task
 

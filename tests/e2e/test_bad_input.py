@@ -1,0 +1,170 @@
+"""Every mistake gets one line that says what, where and what to do, exit code 2, and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from scalerec import checkpoint
+from scalerec.cli import main
+from tests.e2e.conftest import shop
+
+
+@pytest.fixture
+def complaint(capsys):
+    def check(code: int, *words: str) -> None:
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert code == 2, line
+        assert line.startswith("scalerec: ")
+        for word in words:
+            assert word in line, line
+
+    return check
+
+
+def changed(log, **columns):
+    table = pq.read_table(log)
+    for name, values in columns.items():
+        values = values if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values)
+        table = table.set_column(table.column_names.index(name), name, values)
+    pq.write_table(table, log, row_group_size=500)
+
+
+def test_missing_column(train, log, complaint, tmp_path):
+    pq.write_table(pq.read_table(log).drop_columns(["price"]), log)
+    complaint(train(), "shop.parquet", "no column 'price'")
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_wrong_type(train, log, complaint):
+    changed(log, price=[f"{i} euro" for i in range(3_000)])
+    complaint(train(), "'price'", "not a number")
+
+
+def test_label_outside_zero_and_one(train, log, complaint):
+    labels = pq.read_table(log)["is_click"].to_numpy().copy()
+    labels[1_234] = 3
+    changed(log, is_click=labels)
+    complaint(train(), "shop.parquet", "row 1234", "'is_click' is 3", "0 or 1")
+
+
+def test_one_class_in_validation(train, log, complaint, tmp_path):
+    split = {"kind": "time", "column": "shown_at", "validation": 1_700_000_000 + 60 * 2_400, "test": 1_700_000_000 + 60 * 2_700}
+    labels = pq.read_table(log)["is_click"].to_numpy().copy()
+    labels[2_400:2_700] = 0
+    changed(log, is_click=labels)
+    complaint(train("--data.split", json.dumps(split)), "'click'", "validation", "one class", "--data.split")
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_nan_and_infinity_are_counted_and_read_as_missing(train, log, capsys, schema_file, tmp_path):
+    price = pq.read_table(log)["price"].to_numpy().copy()
+    price[:40], price[40:50] = np.nan, np.inf
+    changed(log, price=price)
+    options = ["--data.path", str(log), "--data.schema_file", str(schema_file), "--training.tensorboard", "false"]
+    assert main(["train", "dlrm_mlp_parquet", "--out", str(tmp_path / "r"), "--model.hidden", "[8]", *options]) == 0
+    assert "price: NaN or infinite, read as missing" in capsys.readouterr().err
+
+
+def test_empty_file(train, log, complaint):
+    pq.write_table(pq.read_table(log).slice(0, 0), log)
+    complaint(train(), "shop.parquet", "no rows")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "corrupt"])
+def test_bad_shard_is_named_and_can_be_skipped(train, log, complaint, tmp_path, damage, capsys):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for number in range(3):
+        pq.write_table(shop(number), folder / f"part-{number}.parquet", compression="none")
+    bad = folder / "part-1.parquet"
+    content = bytearray(bad.read_bytes())
+    if damage == "truncated":
+        content = content[: len(content) // 2]
+    else:
+        content[100 : len(content) // 2] = bytes(len(content) // 2 - 100)
+    bad.write_bytes(content)
+    complaint(train(data=folder), "part-1.parquet", "--skip-bad-shards")
+    assert train("--skip-bad-shards", data=folder, out="again") == 0
+
+
+def test_a_time_column_that_is_not_one(train, log, complaint):
+    split = {"kind": "time", "column": "city", "validation": 1, "test": 2}
+    complaint(train("--data.split", json.dumps(split)), "shop.parquet", "'city'", "not a time")
+
+
+def test_width_that_the_tokens_do_not_divide(train, complaint):
+    complaint(train("--model.dim", "100", "--model.num_tokens", "8", recipe="rankmixer_parquet"), "--model.dim 100", "104")
+
+
+def test_unknown_override_names_the_nearest(train, complaint):
+    complaint(train("--model.hiden", "[8]"), "--model.hiden", "did you mean --model.hidden?")
+
+
+def test_value_of_the_wrong_type(train, complaint):
+    complaint(train("--training.epochs", "many"), "training.epochs", "integer")
+
+
+def test_unknown_recipe_names_the_nearest(train, complaint):
+    complaint(train(recipe="rankmixer_parket"), "did you mean rankmixer_parquet?")
+
+
+def test_checkpoint_of_another_schema(train, log, edit, complaint, tmp_path):
+    assert train() == 0
+    other = edit(lambda schema: schema["groups"][0]["features"].pop())
+    complaint(train("--warm-start", str(tmp_path / "run"), schema=other, out="other"), "another schema")
+    pq.write_table(pq.read_table(log).rename_columns(lambda n: "cost" if n == "price" else n) if False else
+                   pq.read_table(log).drop_columns(["price"]), tmp_path / "other.parquet")  # fmt: skip
+    complaint(main(["evaluate", str(tmp_path / "run"), "--data", str(tmp_path / "other.parquet")]), "no column 'price'")
+
+
+def test_resume_without_a_checkpoint_or_with_another_config(train, complaint, tmp_path):
+    complaint(train("--resume"), "--resume", "no checkpoint")
+    assert train() == 0
+    complaint(train(), "already holds a run", "--resume")
+    (tmp_path / "run/metrics.json").unlink()
+    complaint(train("--resume", "--training.batch_size", "77"), "--training.batch_size 1024, now it is 77")
+
+
+def test_full_disk_keeps_the_last_good_checkpoint(train, complaint, tmp_path, monkeypatch):
+    assert train("--training.epochs", "1") == 0
+    good = checkpoint.load(tmp_path / "run")
+    (tmp_path / "run/metrics.json").unlink()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    complaint(train(out="fresh"), "disk is full", "--resume")
+    assert not list((tmp_path / "fresh/checkpoints").glob("*"))
+    with pytest.raises(Exception, match="disk is full"):
+        checkpoint.save(tmp_path / "run/checkpoints/step-x", {}, good.encoder, good.layout, good.weights, {}, {})
+    monkeypatch.undo()
+    assert checkpoint.load(tmp_path / "run").weights.keys() == good.weights.keys()
+
+
+def test_no_such_file_or_schema(train, tmp_path, complaint):
+    complaint(train(data=tmp_path / "nothing.parquet"), "nothing.parquet")
+    complaint(train(schema=tmp_path / "nothing.json"), "nothing.json: no such file")
+    complaint(main(["evaluate", str(tmp_path / "nowhere")]), "nowhere", "no checkpoint")
+    complaint(main(["schema", "infer", str(tmp_path / "nothing.parquet")]), "nothing.parquet")
+
+
+def test_broken_schema_is_explained(train, edit, complaint):
+    def twice(schema):
+        schema["groups"][0]["features"].append(schema["groups"][0]["features"][0])
+
+    complaint(train(schema=edit(twice)), "edited.json", "two features are named 'user_id'")
+
+
+def test_prediction_over_existing_scores(train, log, tmp_path, complaint):
+    assert train() == 0
+    scored = tmp_path / "scored.parquet"
+    assert main(["predict", str(tmp_path / "run"), str(log), "--out", str(scored)]) == 0
+    again = ["predict", str(tmp_path / "run"), str(scored), "--out", str(tmp_path / "again.parquet")]
+    complaint(main(again), "score_click")
+    assert not (tmp_path / "again.parquet").exists()

@@ -1,0 +1,103 @@
+"""From an unseen Parquet file to scores, with commands only."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from scalerec.cli import main
+from tests.e2e.conftest import ROWS, shop
+
+
+def test_infer_guesses_what_a_person_would(schema_file):
+    schema = json.loads(schema_file.read_text())
+    sides = {g["side"]: {f["name"]: f["kind"] for f in g["features"]} for g in schema["groups"]}
+    assert sides["user"] == {"user_id": "categorical", "city": "categorical"}
+    assert sides["item"] == {"item_id": "categorical", "price": "numeric", "colours": "multi_categorical"}
+    assert schema["tasks"] == [{"name": "click", "label": "is_click", "weight": None, "mask": None}]
+    assert (schema["user"], schema["item"], schema["time"]) == ("user_id", "item_id", "shown_at")
+
+
+@pytest.mark.parametrize("recipe", ["rankmixer_parquet", "dcnv2_parquet", "dlrm_mlp_parquet"])
+def test_train_evaluate_predict(train, log, tmp_path, capsys, recipe):
+    assert train(recipe=recipe) == 0
+    assert main(["evaluate", str(tmp_path / "run"), "--json"]) == 0
+    table = json.loads(capsys.readouterr().out.splitlines()[-1])["test"]["click"]
+    assert table == pytest.approx(json.loads((tmp_path / "run/metrics.json").read_text())["test"]["click"])
+
+    assert main(["predict", str(tmp_path / "run"), str(log), "--out", str(tmp_path / "scored.parquet")]) == 0
+    scored = pq.read_table(tmp_path / "scored.parquet")
+    assert scored.drop_columns(["score_click"]).equals(pq.read_table(log))
+    # The test rows among them have the scores that training measured.
+    test = pq.read_table(tmp_path / "run/test.parquet")
+    scores = scored["score_click"].to_numpy()[test["row"].to_numpy()]
+    np.testing.assert_allclose(scores, test["click_score"].to_numpy(), atol=1e-6)
+    assert roc_auc_score(test["click_label"], test["click_score"]) == pytest.approx(table["auc"])
+
+
+def test_prediction_needs_no_label_and_counts_new_ids(train, tmp_path, capsys):
+    assert train() == 0
+    pq.write_table(shop(1, 500, first_item=50).drop_columns(["is_click"]), tmp_path / "new.parquet")
+    found = ["predict", str(tmp_path / "run"), str(tmp_path / "new.parquet"), "--out", str(tmp_path / "o.parquet")]
+    assert main([*found, "--json"]) == 0
+    counts = json.loads(capsys.readouterr().out.splitlines()[-1])["counts"]
+    assert counts["item_id: not in the vocabulary, read as unknown"] > 0
+
+
+def test_time_split_keeps_the_future_out(train, log, tmp_path):
+    cut = [1_700_000_000 + ROWS * 60 * share // 10 for share in (8, 9)]
+    split = {"kind": "time", "column": "shown_at", "validation": cut[0], "test": cut[1]}
+    assert train("--data.split", json.dumps(split)) == 0
+    rows = pq.read_table(tmp_path / "run/test.parquet")["row"].to_numpy()
+    assert (pq.read_table(log)["shown_at"].to_numpy()[rows] >= cut[1]).all() and len(rows) == ROWS // 10
+
+
+def test_slices_add_up(train, tmp_path, capsys):
+    assert train() == 0
+    assert main(["evaluate", str(tmp_path / "run"), "--by", "city", "--json"]) == 0
+    by_city = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(by_city) == {"Ulm", "Bonn", "Jena"}
+    assert main(["evaluate", str(tmp_path / "run"), "--json"]) == 0
+    whole = json.loads(capsys.readouterr().out.splitlines()[-1])["test"]["click"]
+    assert sum(t["click"]["rows"] for t in by_city.values()) == whole["rows"]
+    assert main(["evaluate", str(tmp_path / "run"), "--by", "cold_item", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out.splitlines()[-1])) <= {"known", "new"}
+
+
+def test_warm_start_keeps_ids_and_weights(train, tmp_path, capsys):
+    """Yesterday's items keep their rows, today's are appended, and nothing is learned anew."""
+    assert train(out="old") == 0
+    new = tmp_path / "new.parquet"
+    pq.write_table(pa.concat_tables([shop(2, 1_500), shop(3, 1_500, first_item=50)]), new)
+    still = ["--training.optimizer.lr", "0.0", "--training.optimizer.embedding_lr", "0.0", "--training.epochs", "1"]
+    assert train("--warm-start", str(tmp_path / "old"), *still, out="new", data=new) == 0
+    from scalerec import checkpoint
+
+    old, grown = checkpoint.load(tmp_path / "old"), checkpoint.load(tmp_path / "new")
+    before, after = old.encoder.vocabularies["item_id"].values, grown.encoder.vocabularies["item_id"].values
+    assert after[: len(before)].equals(before) and len(after) > len(before)
+    table = "embeddings.tables.item_id"
+    assert grown.weights[table][: len(old.weights[table])].equal(old.weights[table])
+    assert grown.weights["mlp.layers.0.weight"].equal(old.weights["mlp.layers.0.weight"])
+
+
+def test_compare_reports_paired_intervals(train, log, schema_file, tmp_path, capsys):
+    data = ["--data.path", str(log), "--data.schema_file", str(schema_file), "--training.tensorboard", "false"]
+    names = ["rankmixer_parquet", "dlrm_mlp_parquet"]
+    command = ["compare", *names, "--seeds", "2", "--out", str(tmp_path / "c"), *data, "--json"]
+    assert main([*command, "--reference"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [model["name"] for model in found["models"]] == [*names, "lightgbm"]
+    entry = found["models"][1]["tasks"]["click"]["auc"]
+    assert entry["low"] <= entry["difference"] <= entry["high"]
+    means = [np.mean(model["tasks"]["click"]["auc"]["values"]) for model in found["models"]]
+    assert entry["difference"] == pytest.approx(means[1] - means[0])
+    assert "small" in (tmp_path / "c/report.md").read_text() and (tmp_path / "c/report.png").stat().st_size > 5_000
+    stamp = (tmp_path / "c/rankmixer_parquet/seed-0/metrics.json").stat().st_mtime_ns
+    assert main(command) == 0, "what is finished is not trained again"
+    assert (tmp_path / "c/rankmixer_parquet/seed-0/metrics.json").stat().st_mtime_ns == stamp
