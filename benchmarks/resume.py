@@ -1,6 +1,6 @@
 """Kill a training with SIGKILL again and again, resume it, and compare every bit with a run that was never killed.
 
-    python -m benchmarks.resume [--kills 20] [--json]
+python -m benchmarks.resume [--kills 20] [--json]
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ def main() -> None:
     identical = 0
     with tempfile.TemporaryDirectory() as scratch:
         whole = Path(scratch) / "whole"
-        subprocess.run(command(whole), env=environment, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            command(whole), env=environment, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
         expected = outcome(whole)
         last = max(entry["step"] for entry in expected["losses"])
         for kill in range(options.kills):

@@ -6,7 +6,7 @@ U users   B rows   F ids a row   K numbers a row   n either of U and B
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -43,7 +43,7 @@ class Jagged:
         return Jagged(self.values[position], offsets)
 
     def padded(self, fill: float = 0) -> tuple[Tensor, Tensor]:
-        """Values as [n, L, ...] filled at the end, and the mask [n, L] of real entries; L is the longest list (>= 1)."""
+        """Values as [n, L, ...] filled at the end, and the mask [n, L] of real ones; L is the longest list (>= 1)."""
         lengths = self.lengths
         longest = max(int(lengths.max()) if len(self) else 0, 1)
         mask = torch.arange(longest, device=lengths.device) < lengths[:, None]
@@ -152,8 +152,8 @@ class Batch:
         def move(value: Tensor) -> Tensor:
             return value.to(device, non_blocking=True)
 
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: v.map(move) if isinstance(v, Rows) else move(v) for k, v in moved.items()})
+        rest = (self.user_of_row, self.labels, self.weights, self.users, self.index)
+        return Batch(self.user.map(move), self.items.map(move), *(move(value) for value in rest))
 
 
 class Outputs(NamedTuple):

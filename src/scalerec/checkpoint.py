@@ -1,11 +1,11 @@
 """What training and serving share: weights, model configuration, Layout and encoder, in one folder written at once.
 
-    config.json           the run: data, model, training
-    encoder.json          schema and fitted numbers; vocabulary/*.parquet the dictionaries
-    layout.json           tables, groups, tasks
-    weights.safetensors   one key per parameter, one per embedding table
-    state.safetensors     optimisers and random generators, to go on training
-    state.json            step, position in the data, early stopping
+config.json           the run: data, model, training
+encoder.json          schema and fitted numbers; vocabulary/*.parquet the dictionaries
+layout.json           tables, groups, tasks
+weights.safetensors   one key per parameter, one per embedding table
+state.safetensors     optimisers and random generators, to go on training
+state.json            step, position in the data, early stopping
 """
 
 from __future__ import annotations

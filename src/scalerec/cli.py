@@ -1,4 +1,4 @@
-"""The command line: every command reads its arguments, calls one function, prints for people or, with --json, machines."""
+"""The command line: each command reads its arguments, calls one function, prints for people or, by --json, machines."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    common.add_argument("--allow", action="append", default=[], metavar="PACKAGE", help="let configurations name its classes")
+    common.add_argument(
+        "--allow", action="append", default=[], metavar="PACKAGE", help="let configurations name its classes"
+    )
     parser = argparse.ArgumentParser("scalerec", description="Recommenders that get better as they get bigger.")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -76,7 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--part", choices=PARTS, default="test")
     command.add_argument("--data", help="other Parquet files, all rows of them")
     command.add_argument("--by", help="a column (or cold_user, cold_item): metrics of each of its values")
-    command.add_argument("--keep-rate", type=float, default=1.0, help="share of negatives kept when the log was sampled")
+    command.add_argument(
+        "--keep-rate", type=float, default=1.0, help="share of negatives kept when the log was sampled"
+    )
     command = add("predict", predict, "the rows of Parquet files with scores, written while they are read", False)
     command.add_argument("run_folder", type=Path, metavar="RUN")
     command.add_argument("input", help="a Parquet file, folder or glob")
@@ -174,11 +178,15 @@ def describe(options: argparse.Namespace) -> None:
     for part, number in found["parameters"].items():
         table.add_row(f"parameters, {part}", f"{number:,}")
     table.add_row("dense parameters", f"{found['dense_parameters']:,}")
-    table.add_row("embedding parameters", f"{found['embedding_parameters']:,} ({found['embedding_bytes'] / 2**20:,.1f} MiB)")
+    table.add_row(
+        "embedding parameters", f"{found['embedding_parameters']:,} ({found['embedding_bytes'] / 2**20:,.1f} MiB)"
+    )
     table.add_row(f"forward MACs, {found['rows']} rows of {found['users']} users", f"{found['forward_macs']:,}")
     table.add_row("forward FLOPs (2 a MAC)", f"{found['forward_flops']:,}")
     table.add_row("training FLOPs (3 x forward)", f"{found['training_flops']:,}")
-    table.add_row("forward FLOPs a row and dense parameter", f"{found['flops_per_row'] / found['dense_parameters']:.2f}")
+    table.add_row(
+        "forward FLOPs a row and dense parameter", f"{found['flops_per_row'] / found['dense_parameters']:.2f}"
+    )
     out.print(table)
     rows = [(f"token {i} ({t['side']})", t["features"]) for i, t in enumerate(found["tokens"])]
     rows = rows or [(f"{g['name']} ({g['side']}, {g['width']})", g["features"]) for g in found["groups"]]
@@ -238,7 +246,12 @@ def compare(options: argparse.Namespace) -> None:
     runs = [_run(recipe, options.changes) for recipe in options.recipe]
     command = "scalerec " + " ".join(sys.argv[1:])
     found = paired(
-        runs, options.out, seeds=options.seeds, with_reference=options.reference, workers=options.workers, command=command
+        runs,
+        options.out,
+        seeds=options.seeds,
+        with_reference=options.reference,
+        workers=options.workers,
+        command=command,
     )
     if options.json:
         return print(json.dumps(found))

@@ -46,7 +46,9 @@ def component_class(kind: str) -> type[Component]:
     module_name, _, class_name = kind.partition(":")
     if class_name:
         if module_name.partition(".")[0] not in _allowed:
-            raise ValueError(f"kind {kind!r} comes from outside scalerec: pass `--allow {module_name.partition('.')[0]}`")
+            raise ValueError(
+                f"kind {kind!r} comes from outside scalerec: pass `--allow {module_name.partition('.')[0]}`"
+            )
         return getattr(importlib.import_module(module_name), class_name)
     for room in _ROOMS:
         if importlib.util.find_spec(f"{room}.{kind}") is not None:
@@ -104,7 +106,7 @@ def _branches(config: BaseModel, prefix: str = "") -> dict[str, Any]:
 
 
 def override(config: ConfigT, changes: dict[str, str]) -> ConfigT:
-    """A copy of `config` with fields replaced by path ("model.dim" -> "256"); InputError names the nearest real path."""
+    """A copy with fields replaced by path ("model.dim" -> "256"); InputError names the nearest path that exists."""
     known = paths(config) | _branches(config)
     tree = config.model_dump(mode="json")
     for path, text in changes.items():

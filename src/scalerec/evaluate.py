@@ -35,7 +35,9 @@ def predict(model: Callable[[Batch], Outputs], batches: Iterable[Batch]) -> Pred
     return Predictions(*(np.concatenate([getattr(part, field) for part in parts]) for field in Predictions._fields))
 
 
-def tables(predictions: Predictions, tasks: Iterable[str], rows: np.ndarray | None = None) -> dict[str, dict[str, float]]:
+def tables(
+    predictions: Predictions, tasks: Iterable[str], rows: np.ndarray | None = None
+) -> dict[str, dict[str, float]]:
     """Metrics of each task over its rows (those with a weight), or over the part of them where `rows` [n] is true."""
     found = {}
     for j, task in enumerate(tasks):

@@ -78,7 +78,7 @@ SCHEMA = Schema(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class World:
     """Raw rows, the encoder fitted on them, and the batch that it makes of them."""
 

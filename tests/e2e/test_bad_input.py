@@ -53,7 +53,12 @@ def test_label_outside_zero_and_one(train, log, complaint):
 
 
 def test_one_class_in_validation(train, log, complaint, tmp_path):
-    split = {"kind": "time", "column": "shown_at", "validation": 1_700_000_000 + 60 * 2_400, "test": 1_700_000_000 + 60 * 2_700}
+    split = {
+        "kind": "time",
+        "column": "shown_at",
+        "validation": 1_700_000_000 + 60 * 2_400,
+        "test": 1_700_000_000 + 60 * 2_700,
+    }
     labels = pq.read_table(log)["is_click"].to_numpy().copy()
     labels[2_400:2_700] = 0
     changed(log, is_click=labels)
@@ -98,7 +103,9 @@ def test_a_time_column_that_is_not_one(train, log, complaint):
 
 
 def test_width_that_the_tokens_do_not_divide(train, complaint):
-    complaint(train("--model.dim", "100", "--model.num_tokens", "8", recipe="rankmixer_parquet"), "--model.dim 100", "104")
+    complaint(
+        train("--model.dim", "100", "--model.num_tokens", "8", recipe="rankmixer_parquet"), "--model.dim 100", "104"
+    )
 
 
 def test_unknown_override_names_the_nearest(train, complaint):
@@ -117,17 +124,18 @@ def test_checkpoint_of_another_schema(train, log, edit, complaint, tmp_path):
     assert train() == 0
     other = edit(lambda schema: schema["groups"][0]["features"].pop())
     complaint(train("--warm-start", str(tmp_path / "run"), schema=other, out="other"), "another schema")
-    pq.write_table(pq.read_table(log).rename_columns(lambda n: "cost" if n == "price" else n) if False else
-                   pq.read_table(log).drop_columns(["price"]), tmp_path / "other.parquet")  # fmt: skip
+    pq.write_table(pq.read_table(log).drop_columns(["price"]), tmp_path / "other.parquet")
     complaint(main(["evaluate", str(tmp_path / "run"), "--data", str(tmp_path / "other.parquet")]), "no column 'price'")
 
 
-def test_resume_without_a_checkpoint_or_with_another_config(train, complaint, tmp_path):
+def test_resume_without_a_checkpoint_or_with_another_config(train, log, complaint, tmp_path):
     complaint(train("--resume"), "--resume", "no checkpoint")
     assert train() == 0
     complaint(train(), "already holds a run", "--resume")
     (tmp_path / "run/metrics.json").unlink()
     complaint(train("--resume", "--training.batch_size", "77"), "--training.batch_size 1024, now it is 77")
+    pq.write_table(shop(rows=3_100), log)
+    complaint(train("--resume"), "3,000 rows", "3,100", "--warm-start")
 
 
 def test_full_disk_keeps_the_last_good_checkpoint(train, complaint, tmp_path, monkeypatch):

@@ -17,7 +17,9 @@ from scalerec.schema import Categorical, Feature, Group, MultiCategorical, Numer
 SAMPLE = 200_000  # rows looked at
 GROUP = 6  # features to a guessed group
 FEW = 30  # distinct whole numbers up to which a column is a category
-LABEL = re.compile(r"^(is_|has_|did_)|label|click|like|buy|bought|purchas|convert|target|finish|skip|follow|share", re.I)
+LABEL = re.compile(
+    r"^(is_|has_|did_)|label|click|like|buy|bought|purchas|convert|target|finish|skip|follow|share", re.I
+)
 OUTCOME = re.compile(r"play_?time|watch_?time|dwell|stay|_after|revenue|feedback|rating", re.I)
 USER = re.compile(r"^(user|uid|member|customer|visitor|account|viewer|profile)(_?id)?$", re.I)
 ITEM = re.compile(r"^(item|iid|video|movie|product|article|doc|ad|post|app|sku|song|news)(_?id)?$", re.I)
@@ -38,7 +40,7 @@ def infer(rows: Rows) -> tuple[Schema, list[str]]:
     labels = [name for name in names if LABEL.search(name) and _is_binary(table.column(name))]
     if not labels:
         raise InputError(
-            f"no column looks like a label (0 or 1, with a name such as click or is_liked) among {', '.join(names[:30])}: "
+            f"no column looks like a label (0 or 1, named like click or is_liked) among {', '.join(names[:30])}: "
             "rename one, or write the schema by hand (docs/data.md)"
         )
     remarks = []
@@ -88,14 +90,18 @@ def _feature(name: str, column: pa.ChunkedArray) -> Feature | None:
         return None
     note["note"] = f"{distinct:,} distinct values in {len(column):,} rows"
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind):
-        cut = next((s for s in "|;," if _share_with(column, s) > 0.5), None) if not pa.types.is_dictionary(kind) else None
+        cut = (
+            next((s for s in "|;," if _share_with(column, s) > 0.5), None) if not pa.types.is_dictionary(kind) else None
+        )
         if cut:
             return MultiCategorical(name=name, separator=cut, **note)
         return Categorical(name=name, **note)
     if pa.types.is_boolean(kind):
         return Categorical(name=name, **note)
     if pa.types.is_integer(kind):
-        is_id = bool(USER.search(name) or ITEM.search(name) or re.search(r"(^|_)(id|type|code|cat|zip|tag)s?$", name, re.I))
+        is_id = bool(
+            USER.search(name) or ITEM.search(name) or re.search(r"(^|_)(id|type|code|cat|zip|tag)s?$", name, re.I)
+        )
         return Categorical(name=name, **note) if is_id or distinct <= FEW else Numeric(name=name, **note)
     if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         return Numeric(name=name, **note)
@@ -120,7 +126,12 @@ def _is_time(table: pa.Table, name: str) -> bool:
     if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
         return True
     number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
-    return bool(number and TIME.search(name) and not OUTCOME.search(name) and pc.count_distinct(table.column(name)).as_py() > FEW)
+    return bool(
+        number
+        and TIME.search(name)
+        and not OUTCOME.search(name)
+        and pc.count_distinct(table.column(name)).as_py() > FEW
+    )
 
 
 def _only(names: Iterable[str], pattern: re.Pattern[str], what: str, example: str) -> str:
@@ -133,7 +144,9 @@ def _only(names: Iterable[str], pattern: re.Pattern[str], what: str, example: st
 def _codes(column: pa.ChunkedArray) -> np.ndarray:
     if not pa.types.is_dictionary(column.type):
         column = column.dictionary_encode(null_encoding="encode")
-    return np.concatenate([chunk.indices.to_numpy(zero_copy_only=False) for chunk in column.unify_dictionaries().chunks])
+    return np.concatenate(
+        [chunk.indices.to_numpy(zero_copy_only=False) for chunk in column.unify_dictionaries().chunks]
+    )
 
 
 def _constant_within(owner: np.ndarray, column: pa.ChunkedArray) -> bool:

@@ -25,6 +25,9 @@ class Position(NamedTuple):
     row: int = 0
 
 
+BEGINNING = Position()
+
+
 class Loader:
     """Batches of one part.
 
@@ -37,13 +40,14 @@ class Loader:
         self, rows: Rows, encoder: Encoder, part: Part, batch_size: int, *, seed: int | None = None,
         window_rows: int = 131_072, rank: int = 0, world: int = 1,
     ):  # fmt: skip
-        self.rows, self.encoder, self.part, self.batch_size = rows, encoder, part, batch_size
+        self.rows, self.encoder, self.batch_size = rows, encoder, batch_size
+        self.part: Part = part
         self.seed = seed  # None: the order of the files
         self.window_rows, self.rank, self.world = window_rows, rank, world
         columns = [*encoder.schema.input_columns(), *encoder.schema.label_columns()]
         self.columns = list(dict.fromkeys(columns))
 
-    def epoch(self, epoch: int = 0, start: Position = Position()) -> Iterator[tuple[Batch, Position]]:
+    def epoch(self, epoch: int = 0, start: Position = BEGINNING) -> Iterator[tuple[Batch, Position]]:
         """Batches from `start` on, each with the position after it."""
         return ahead(self._batches(epoch, start), 4)
 

@@ -134,9 +134,7 @@ class Rows:
         column = getattr(self.split, "column", "") or getattr(self.split, "by", "")
         return [column] if column else []
 
-    def _part(
-        self, rows: pa.RecordBatch, part: Part, first: int, group: RowGroup
-    ) -> tuple[pa.RecordBatch, np.ndarray]:
+    def _part(self, rows: pa.RecordBatch, part: Part, first: int, group: RowGroup) -> tuple[pa.RecordBatch, np.ndarray]:
         numbers = np.arange(first, first + rows.num_rows)
         if isinstance(self.split, NoSplit):
             return rows, numbers

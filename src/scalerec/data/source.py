@@ -7,9 +7,10 @@ import json
 import os
 import shutil
 import tempfile
+from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from scalerec.config import Component
 from scalerec.data.split import Split
@@ -26,23 +27,24 @@ class Prepared(NamedTuple):
 class Source(Component):
     """One data set = one file of `scalerec.data.sources`: a subclass gives `schema` and `build`."""
 
+    version: ClassVar[int] = 1  # raised when `build` writes other files than before
     split: Split
 
+    @abstractmethod
     def schema(self) -> Schema:
         """What the columns of the prepared files mean."""
-        raise NotImplementedError
 
+    @abstractmethod
     def build(self, folder: Path, progress: Callable[[str], None]) -> dict[str, Any]:
-        """Write Parquet files into the empty `folder` (read in the order of their names) and return notes for people."""
-        raise NotImplementedError
+        """Write Parquet files into the empty `folder`, to be read in the order of their names; returns notes."""
 
     def best_scores(self) -> dict[str, str]:
         """Task -> column with its true probability, for data that was made by a teacher."""
         return {}
 
     def identity(self) -> dict[str, Any]:
-        """The fields that change the prepared files; by default all but the split."""
-        return self.model_dump(mode="json", exclude={"split"})
+        """What decides the prepared files; by default all fields but the split."""
+        return {"version": self.version, **self.model_dump(mode="json", exclude={"split"})}
 
     def prepare(self, progress: Callable[[str], None] = lambda message: None) -> Prepared:
         """Build the files once, atomically, in the cache folder; later calls find them there."""

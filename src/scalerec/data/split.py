@@ -85,7 +85,9 @@ def seconds(rows: pa.RecordBatch, column: str) -> np.ndarray:
         raise InputError(f"column {column!r} is {values.type}, not a time: use a number, a date or a timestamp column")
     missing = np.flatnonzero(~np.isfinite(times) | pc.is_null(values).to_numpy(zero_copy_only=False))
     if missing.size:
-        raise InputError(f"column {column!r}, row {missing[0]} of a batch: no time; drop such rows or choose another column")
+        raise InputError(
+            f"column {column!r}, row {missing[0]} of a batch: no time; drop such rows or choose another column"
+        )
     return times
 
 

@@ -6,6 +6,7 @@ k ids   n lists   R rows   D width
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import Any, Literal, Protocol
 
@@ -26,6 +27,7 @@ try:
     from torchrec import EmbeddingCollection as VectorCollection
     from torchrec.distributed import sharding_plan
     from torchrec.distributed.embedding import EmbeddingCollectionSharder
+    from torchrec.distributed.embedding_types import EmbeddingComputeKernel
     from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
     from torchrec.distributed.types import ShardingEnv
 except ImportError as error:
@@ -112,13 +114,15 @@ class ShardedEmbeddings(EmbeddingCollection):
         for i, lookup in enumerate(lookups):
             places[lookup.table].append(i)
         asked = []
-        for home in self.homes:
-            groups = [[lookups[i] for i in places[table.name]] for table in home.tables]
-            asked.append((home, groups, home.ask(groups)))
         vectors: dict[int, Tensor] = {}
-        for home, groups, waiting in asked:
-            for table, found in zip(home.tables, home.answer(waiting, groups)):
-                vectors |= zip(places[table.name], found)
+        # FBGEMM has its lookups on a CPU as differentiable functions only: not in inference mode, but without gradients.
+        with nullcontext() if not torch.is_inference_mode_enabled() else _no_gradients():
+            for home in self.homes:
+                groups = [[lookups[i] for i in places[table.name]] for table in home.tables]
+                asked.append((home, groups, home.ask(groups)))
+            for home, groups, waiting in asked:
+                for table, found in zip(home.tables, home.answer(waiting, groups)):
+                    vectors |= zip(places[table.name], found)
         return list(_Together.apply(*(vectors[i] for i in range(len(lookups)))))
 
     def sparse_parameters(self) -> list[nn.Parameter]:
@@ -158,11 +162,13 @@ class _Home:
 
     def __init__(self, tables: list[Table], whole: nn.Module, sharder: Any, owners: Owners, device: torch.device):
         self.tables, self.names = tables, _names(tables)
+        fused = EmbeddingComputeKernel.FUSED.value  # not TorchRec's own choice on a CPU, whose unpooled form crashes
         ways = {
-            name: sharding_plan.column_wise(ranks=owners[table.name]) if len(owners[table.name]) > 1
-            else sharding_plan.table_wise(rank=owners[table.name][0])
+            name: sharding_plan.column_wise(ranks=owners[table.name], compute_kernel=fused)
+            if len(owners[table.name]) > 1
+            else sharding_plan.table_wise(rank=owners[table.name][0], compute_kernel=fused)
             for name, table in zip(self.names, tables)
-        }  # fmt: skip
+        }
         plan = sharding_plan.construct_module_sharding_plan(whole, ways, sharder, device_type=device.type)
         assert dist.group.WORLD is not None
         self.module = sharder.shard(whole, plan, ShardingEnv.from_process_group(dist.group.WORLD), device)
@@ -248,6 +254,12 @@ class _Together(torch.autograd.Function):
         return gradients
 
 
+@contextmanager
+def _no_gradients():
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 def place(tables: Iterable[Table], ranks: int, columns: bool) -> Owners:
     """The ranks of each table's column shards, in order: largest tables first, each to the ranks that hold least."""
     held = [0] * ranks
@@ -280,7 +292,7 @@ def _check(tables: tuple[Table, ...], optimizer: EmbeddingOptimizer, sharding: S
 
 def _whole(table: Any) -> Tensor | None:
     """A table put together on process 0 from its shards, sent one by one; None on the others."""
-    weight = torch.empty(table.size()) if rank() == 0 else None
+    weight = torch.empty(table.metadata().size) if rank() == 0 else None
     local = {tuple(shard.metadata.shard_offsets): shard.tensor for shard in table.local_shards()}
     for shard in table.metadata().shards_metadata:
         owner, piece = shard.placement.rank(), local.get(tuple(shard.shard_offsets))

@@ -54,7 +54,7 @@ class Encoder:
         return Encoder(schema, vocabularies, {name: value.fit() for name, value in statistics.items()})
 
     def grown(self, rows: Iterable[pa.RecordBatch]) -> Encoder:
-        """With the dictionary values of later rows appended; buckets stay where they are, old ids keep their meaning."""
+        """With the dictionary values of later rows appended; buckets stay, old ids keep their meaning."""
         counts, _ = _collect(self.schema, rows, self.vocabularies)
         vocabularies = {}
         for name, vocabulary in self.vocabularies.items():

@@ -22,8 +22,13 @@ class NumericFit(Frozen):
 
 def numbers(column: pa.Array, name: str) -> tuple[np.ndarray, int]:
     """A column as float64 [n] with NaN where missing, and how many values were NaN or infinite (read as missing)."""
-    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_boolean(column.type)
-            or pa.types.is_decimal(column.type) or pa.types.is_null(column.type)):
+    if not (
+        pa.types.is_integer(column.type)
+        or pa.types.is_floating(column.type)
+        or pa.types.is_boolean(column.type)
+        or pa.types.is_decimal(column.type)
+        or pa.types.is_null(column.type)
+    ):
         raise InputError(f"column {name!r} is {column.type}, not a number: make it categorical or convert it")
     if pa.types.is_boolean(column.type):
         column = column.cast(pa.int8())

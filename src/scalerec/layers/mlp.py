@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -30,4 +31,4 @@ class MLP(nn.Module):
     def macs(self) -> int:
         """Multiply-accumulates per row."""
         sizes = (self.width, *self.hidden)
-        return sum(a * b for a, b in zip(sizes, sizes[1:]))
+        return sum(a * b for a, b in pairwise(sizes))

@@ -1,4 +1,4 @@
-"""Features -> tokens (RankMixer eq. 2; the group tokenisers of TokenMixer-Large). User tokens never see a row's features.
+"""Features -> tokens (RankMixer eq. 2; the group tokenisers of TokenMixer-Large).
 
 U users   B rows   T tokens   D width   c chunk width
 """

@@ -140,6 +140,7 @@ class FeatureJoin(nn.Module):
     def macs(self, batch: Batch) -> int:
         total = 0
         for name, din in self.din.items():
+            assert isinstance(din, DIN)
             lengths = batch.user.lists[name].lengths
             pairs = int(lengths[batch.user_of_row].sum())
             if pairs:

@@ -32,7 +32,7 @@ class RankMixerConfig(ModelConfig):
     tokenizer: TokenizerKind = "equal"
     position: bool = False  # a learned vector per token, absorbed by the tokeniser's bias (spec A.4)
     shared_ffn: bool = False  # one FFN for all tokens: the ablation of Table 2
-    dropout: float = Field(0.0, ge=0, lt=1)  # on the output of the FFN
+    dropout: float = Field(default=0.0, ge=0, lt=1)  # on the output of the FFN
     head: HeadKind = "mlp"
     head_hidden: PositiveInt = 128
     sequence: Literal["din", "mean"] = "din"

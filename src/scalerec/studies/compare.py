@@ -47,10 +47,14 @@ def compare(
         raise InputError(f"{twice} is named twice: compare different recipes")
     console = Console(stderr=True)
     first.data.prepare(lambda message: console.print(message, highlight=False, markup=False))  # once, before any worker
-    jobs = [(run, seed, out / run.name / f"seed-{seed}") for run in runs for seed in range(seeds)]
     with ThreadPoolExecutor(workers) as pool:
-        for _ in pool.map(lambda job: _train(*job, workers, console), jobs):
-            pass
+        jobs = [
+            pool.submit(_train, run, seed, out / run.name / f"seed-{seed}", workers, console)
+            for run in runs
+            for seed in range(seeds)
+        ]
+        for job in jobs:
+            job.result()
     if with_reference:
         for seed in range(seeds):
             _reference(first, out / "lightgbm" / f"seed-{seed}", seed, console)
@@ -114,7 +118,7 @@ def _row(
     name: str, results: list[dict], predictions: dict[str, list[Predictions]], first: str, tasks: list[str],
     replicates: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """One model's line: sizes, and per task and metric the mean and spread over seeds and the difference to the first."""
+    """One model's line: sizes; per task and metric the mean, the spread over seeds, the difference to the first."""
     parameters = results[0].get("parameters", {})
     row: dict[str, Any] = {
         "name": name,

@@ -4,29 +4,44 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from scalerec import evaluate
-from scalerec.data.loader import Loader
+from scalerec.batch import Batch
 from scalerec.data.reader import Rows
-from scalerec.data.split import Part
+from scalerec.data.split import PARTS, Part
 from scalerec.errors import InputError
 from scalerec.features.encoder import Encoder
-from scalerec.features.lists import lists
 from scalerec.features.numeric import numbers
-from scalerec.schema import Categorical, MultiCategorical, Numeric, Sequence
+from scalerec.schema import Categorical, Cross, Numeric
 from scalerec.training.run import Run
 
-LARGE = 1000  # a vocabulary beyond it is given to the trees as ordered codes: splits over sets of its values overfit
+LARGE = 1000  # a vocabulary beyond it is given as ordered codes: splits over sets of so many values overfit
+PARAMETERS = {
+    "objective": "binary", "metric": "auc", "learning_rate": 0.05, "num_leaves": 63, "min_data_in_leaf": 50,
+    "feature_fraction": 0.7, "bagging_fraction": 0.8, "bagging_freq": 1, "cat_smooth": 20.0, "verbosity": -1,
+    "deterministic": True,
+}  # fmt: skip
+MOST_TREES, PATIENCE = 1000, 50
 
 
-def train(run: Run, out: Path, seed: int) -> dict:
-    """One LightGBM model per task with early stopping on validation; writes what `training.train` writes.
+class Table(NamedTuple):
+    """One part as trees read it."""
 
-    Numbers go in raw, categories as categories, a list as its length and its last value; crosses are left to the trees.
+    features: np.ndarray  # [n, F] float32, NaN where missing
+    labels: np.ndarray  # [n, T]
+    weights: np.ndarray  # [n, T]
+    users: np.ndarray  # [n]
+    index: np.ndarray  # [n]
+
+
+def train(run: Run, out: Path, seed: int) -> dict[str, Any]:
+    """One LightGBM model per task, stopped early on validation; writes `test.parquet` and returns metrics.
+
+    Numbers go in raw, categories as categories, a list as its length; crosses are left to the trees.
 
     Raises:
         InputError: lightgbm is not installed.
@@ -36,76 +51,68 @@ def train(run: Run, out: Path, seed: int) -> dict:
     except ImportError:
         raise InputError("the reference needs LightGBM: pip install 'scalerec[lightgbm]'") from None
     began = time.monotonic()
-    rows = Rows.of(run.data, run.data.prepare())
+    rows = Rows.of(run.data, run.data.prepare(), skip_bad_shards=run.skip_bad_shards)
     schema = run.data.schema()
     encoder = Encoder.fit(schema, rows.batches("train", schema.input_columns()))
-    parts: list[Part] = ["train", "validation", "test"]
-    matrices = {part: _matrix(rows, encoder, part) for part in parts}
-    categorical = _categorical(encoder)
-    parameters = {
-        "objective": "binary", "learning_rate": 0.05, "num_leaves": 63, "min_data_in_leaf": 50, "max_cat_threshold": 32,
-        "feature_fraction": 0.7, "bagging_fraction": 0.8, "bagging_freq": 1, "cat_smooth": 20.0, "seed": seed,
-        "verbosity": -1, "num_threads": run.training.threads or torch.get_num_threads(), "deterministic": True,
-    }  # fmt: skip
-    scores: dict[str, list[np.ndarray]] = {"validation": [], "test": []}
+    tables = {part: _table(rows, encoder, part) for part in PARTS}
+    parameters = {**PARAMETERS, "seed": seed, "num_threads": run.training.threads or torch.get_num_threads()}
+    scores: dict[Part, list[np.ndarray]] = {"validation": [], "test": []}
     trees = 0
-    for j, task in enumerate(schema.tasks):
-        sets = {}
+    for j in range(len(schema.tasks)):
+        sets: dict[str, Any] = {}
         for part in ("train", "validation"):
-            x, batch = matrices[part]
-            keep = batch.weights[:, j].numpy() > 0
+            table = tables[part]
+            keep = table.weights[:, j] > 0
             sets[part] = lightgbm.Dataset(
-                x[keep], batch.labels[keep, j].numpy(), weight=batch.weights[keep, j].numpy(),
-                categorical_feature=categorical, reference=sets.get("train"), free_raw_data=False,
+                table.features[keep], table.labels[keep, j], weight=table.weights[keep, j], reference=sets.get("train"),
+                categorical_feature=_categorical(encoder),
             )  # fmt: skip
-        booster = lightgbm.train(
-            {**parameters, "metric": "auc"}, sets["train"], 1000, valid_sets=[sets["validation"]],
-            callbacks=[lightgbm.early_stopping(50, verbose=False)],
-        )  # fmt: skip
+        stop = lightgbm.early_stopping(PATIENCE, verbose=False)
+        booster = lightgbm.train(parameters, sets["train"], MOST_TREES, [sets["validation"]], callbacks=[stop])
         trees += booster.best_iteration
         for part, values in scores.items():
-            values.append(np.asarray(booster.predict(matrices[part][0], num_iteration=booster.best_iteration)))
+            values.append(np.asarray(booster.predict(tables[part].features, num_iteration=booster.best_iteration)))
     out.mkdir(parents=True, exist_ok=True)
-    found = {"name": f"lightgbm_{run.data.kind}", "seconds": time.monotonic() - began, "trees": trees}
+    found: dict[str, Any] = {"name": f"lightgbm_{run.data.kind}", "trees": trees, "seconds": time.monotonic() - began}
+    predictions = {
+        part: evaluate.Predictions(np.stack(values, 1).astype(np.float32), *tables[part][1:])
+        for part, values in scores.items()
+    }
     tasks = encoder.layout.tasks
-    for part, values in scores.items():
-        batch = matrices[part][1]
-        predictions = evaluate.Predictions(
-            np.stack(values, 1).astype(np.float32), batch.labels.numpy(), batch.weights.numpy(), batch.users.numpy(),
-            batch.index.numpy(),
-        )  # fmt: skip
-        found[part] = evaluate.tables(predictions, tasks)
-        if part == "test":
-            evaluate.write(predictions, tasks, out / "test.parquet")
-    return found
+    evaluate.write(predictions["test"], tasks, out / "test.parquet")
+    return {**found, **{part: evaluate.tables(values, tasks) for part, values in predictions.items()}}
 
 
-def _matrix(rows: Rows, encoder: Encoder, part: Part):
-    """Features [n, F] as float32 with NaN where missing, and the encoded rows beside them."""
-    pieces = list(rows.pieces(part))
-    columns = [_columns(piece.rows, encoder) for piece in pieces]
-    from scalerec.batch import Batch
+def _table(rows: Rows, encoder: Encoder, part: Part) -> Table:
+    pieces = [piece for piece in rows.pieces(part) if piece.rows.num_rows]
+    batches = [encoder.encode(piece.rows, index=piece.index, where=str(piece.group.file)) for piece in pieces]
+    features = [_features(batch, encoder, piece.rows) for batch, piece in zip(batches, pieces)]
+    batch = Batch.cat(batches)
+    arrays = (batch.labels, batch.weights, batch.users, batch.index)
+    return Table(np.concatenate(features), *(array.numpy() for array in arrays))
 
-    batches = [encoder.encode(piece.rows, index=piece.index) for piece in pieces if piece.rows.num_rows]
-    return np.concatenate(columns), Batch.cat(batches)
 
-
-def _columns(rows: pa.RecordBatch, encoder: Encoder) -> np.ndarray:
-    found = []
-    for feature in encoder.schema.features:
+def _features(batch: Batch, encoder: Encoder, rows: Any) -> np.ndarray:
+    columns = []
+    sides = {"user": batch.user.take(batch.user_of_row), "item": batch.items}
+    place = {f.name: (side, j) for side, shape in encoder.layout.sides.items() for j, f in enumerate(shape.ids)}
+    lists = {name: jagged for side in sides.values() for name, jagged in side.lists.items()}
+    for feature in _used(encoder):
         if isinstance(feature, Numeric):
-            found.append(numbers(rows.column(feature.column or feature.name), feature.name)[0])
+            columns.append(numbers(rows.column(feature.column or feature.name), feature.name)[0])
         elif isinstance(feature, Categorical):
-            found.append(encoder._ids(feature, rows.column(feature.column or feature.name)))
-        elif isinstance(feature, (MultiCategorical, Sequence)):
-            column = feature.column or feature.name if isinstance(feature, MultiCategorical) else feature.column(feature.fields[0])
-            _, lengths = lists(rows.column(column), column, getattr(feature, "separator", None))
-            found.append(lengths)
-    return np.stack([np.asarray(x, np.float32) for x in found], 1)
+            side, j = place[feature.name]
+            columns.append(sides[side].ids[:, j].numpy())
+        else:
+            columns.append(lists[feature.name].lengths.numpy())
+    return np.stack([np.asarray(column, np.float32) for column in columns], 1)
+
+
+def _used(encoder: Encoder) -> list[Any]:
+    return [feature for feature in encoder.schema.features if not isinstance(feature, Cross)]
 
 
 def _categorical(encoder: Encoder) -> list[int]:
-    kept = [f for f in encoder.schema.features if isinstance(f, (Numeric, Categorical, MultiCategorical, Sequence))]
-    return [
-        i for i, f in enumerate(kept) if isinstance(f, Categorical) and encoder.layout.table[f.name].rows <= LARGE
-    ]
+    """Places of the features that trees split by sets of values."""
+    table = encoder.layout.table
+    return [i for i, f in enumerate(_used(encoder)) if isinstance(f, Categorical) and table[f.name].rows <= LARGE]

@@ -35,9 +35,9 @@ def markdown(found: dict[str, Any]) -> str:
     """One table per task; differences are to the first model, with 95 % intervals over users and seeds."""
     lines = [f"# {', '.join(model['name'] for model in found['models'])}", ""]
     lines += [
-        f"{found['test_rows']:,} test rows of {found['test_users']:,} users, {found['seeds']} seeds. Differences are to "
-        f"{found['reference']}, in points of 1/100, with 95 % intervals from a bootstrap over users and seeds; where the "
-        "interval holds zero the difference is *not resolved*.",
+        f"{found['test_rows']:,} test rows of {found['test_users']:,} users, {found['seeds']} seeds. Differences are "
+        f"to {found['reference']}, in points of 1/100, with 95 % intervals from a bootstrap over users and seeds; "
+        "where the interval holds zero the difference is *not resolved*.",
     ]
     if found["test_rows"] < SMALL_TEST:
         lines += ["", "**This test set is small: only large differences can be resolved on it.**"]

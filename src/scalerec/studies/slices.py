@@ -22,6 +22,7 @@ from scalerec.schema import Categorical
 from scalerec.training.run import Run
 
 MOST_VALUES = 50  # slices shown
+REPLICATES = 200
 
 
 def evaluate_run(
@@ -45,11 +46,30 @@ def evaluate_run(
         predictions = predictions._replace(probabilities=corrected)
     tasks = saved.layout.tasks
     if by is None:
-        return {Path(data).name if data else part: tables_of(predictions, tasks)}
+        found = tables_of(predictions, tasks)
+        return {
+            Path(data).name if data else part: {
+                task: found[task] | _intervals(predictions, j) for j, task in enumerate(tasks)
+            }
+        }
     values = _values(rows, part, by, saved.encoder, predictions)
     found, counts = np.unique(values, return_counts=True)
     largest = found[np.sort(np.argsort(-counts, kind="stable")[:MOST_VALUES])]
     return {str(value): tables_of(predictions, tasks, values == value) for value in largest}
+
+
+def _intervals(predictions: Predictions, j: int) -> dict[str, float]:
+    """95 % intervals of task j's AUC and UAUC over redrawn users, where there are enough of them."""
+    counted = predictions.weights[:, j] > 0
+    arrays = predictions.users[counted], predictions.labels[counted, j], predictions.probabilities[counted, j]
+    found = {}
+    for metric in ("auc", "uauc"):
+        try:
+            estimate = metrics.bootstrap(*arrays, metric=metric, replicates=REPLICATES)
+        except InputError:  # too few users: the metric stands without an interval
+            continue
+        found |= {f"{metric}_low": estimate.low, f"{metric}_high": estimate.high}
+    return found
 
 
 def _values(rows: Rows, part: Part, by: str, encoder: Encoder, predictions: Predictions) -> np.ndarray:
@@ -61,7 +81,9 @@ def _values(rows: Rows, part: Part, by: str, encoder: Encoder, predictions: Pred
             (f for f in schema.features if isinstance(f, Categorical) and (f.column or f.name) == cold[by]), None
         )
         if feature is None or feature.name not in encoder.vocabularies:
-            raise InputError(f"--by {by}: column {cold[by]!r} is no categorical feature with a dictionary in this schema")
+            raise InputError(
+                f"--by {by}: column {cold[by]!r} is no categorical feature with a dictionary in this schema"
+            )
         vocabulary = encoder.vocabularies[feature.name]
         column = feature.column or feature.name
         unknown = [vocabulary.ids(b.column(column), column) == UNKNOWN for b in rows.batches(part, [column])]

@@ -63,7 +63,7 @@ class RowAdagrad(torch.optim.Optimizer):
 
 
 def row_adagrad(weight: Tensor, accumulator: Tensor, gradient: Tensor, lr: float, eps: float, rowwise: bool) -> None:
-    """One step in place: a += g^2 (its mean over the row if `rowwise`), w -= lr g / (sqrt(a) + eps), touched rows only."""
+    """One step in place on touched rows: a += g^2 (the row's mean if `rowwise`), w -= lr g / (sqrt(a) + eps)."""
     gradient = gradient.coalesce()
     rows, values = gradient.indices()[0], gradient.values()
     squares = values.square()

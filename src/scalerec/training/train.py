@@ -23,6 +23,7 @@ from scalerec.errors import InputError
 from scalerec.features.encoder import Encoder
 from scalerec.losses import total
 from scalerec.models.base import Model
+from scalerec.schema import Schema
 from scalerec.training.log import Log
 from scalerec.training.optim import load_state_tensors, state_tensors
 from scalerec.training.run import Run
@@ -45,6 +46,7 @@ class State:
     evaluations: int = 0
     evaluations_since_best: int = 0
     threads: int = 0
+    rows: int = 0  # in all the files
     seconds: float = 0.0
     finished: bool = False
 
@@ -60,16 +62,18 @@ class Training:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.type == "cpu":  # or two threads add up a gradient in whichever order they come
             torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         earlier = self._earlier(resume, threads)
-        self.state = State(threads=threads)
 
         prepared = run.data.prepare(log.say)
         self.rows = Rows.of(run.data, prepared, skip_bad_shards=run.skip_bad_shards)
         schema = run.data.schema()
         schema = schema.model_copy(update={"dim": run.dim}) if run.dim else schema
+        if earlier is not None:
+            self._same_data(earlier, schema)
         self.parts = count_parts(self.rows, schema)
         check_parts(self.parts)
+        self.state = State(threads=threads, rows=self.rows.num_rows)
         if earlier is None:
             old = checkpoint.load(warm_start) if warm_start else None
             if old is not None and old.encoder.schema != schema:
@@ -125,6 +129,16 @@ class Training:
                 f"last bits: run with --training.threads {used} from the start, or OMP_NUM_THREADS={used}"
             )
         return earlier
+
+    def _same_data(self, earlier: checkpoint.Checkpoint, schema: Schema) -> None:
+        if earlier.encoder.schema != schema:
+            raise InputError(f"--resume: the schema has changed since {self.out} was started; use another --out")
+        before = earlier.training_state()[1]["rows"]
+        if before != self.rows.num_rows:
+            raise InputError(
+                f"--resume: the files held {before:,} rows when {self.out} was started and hold {self.rows.num_rows:,} "
+                f"now; start another run with --warm-start {self.out}"
+            )
 
     def _restore(self, earlier: checkpoint.Checkpoint) -> None:
         self.model.load_state_dict(earlier.weights)

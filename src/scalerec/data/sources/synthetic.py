@@ -55,8 +55,8 @@ class Synthetic(Source):
     kind: Literal["synthetic"] = "synthetic"
     split: Split = TimeSplit(column="time", validation=PERIOD * 7 // 10, test=PERIOD * 8 // 10)
     teacher: Literal["grouped", "flat"] = "grouped"
-    rows: int = Field(1_000_000, ge=1_000)
-    seed: int = Field(0, ge=0)
+    rows: int = Field(default=1_000_000, ge=1_000)
+    seed: int = Field(default=0, ge=0)
 
     def schema(self) -> Schema:
         def fields(group: str) -> tuple[Categorical, ...]:
