@@ -360,16 +360,12 @@ def check_exported(make: Maker, world: World) -> None:
     """`torch.export` of the dense part gives the plain logits, for other numbers of users, rows and events too."""
     model = make.awake()
     flat = _Flat(model)
-    dynamic = torch.export.Dim.AUTO
     example = flat.arguments(world.batch)
-    shapes: Any = torch.utils._pytree.tree_map(
-        lambda tensor: {axis: dynamic for axis in range(tensor.dim() - 1)}, example
-    )
-    shapes[2][0] = dynamic  # the last axis is the width, but for user_of_row, which has only one
-    for name in shapes[3]:
-        shapes[3][name][1][1] = dynamic  # and for masks
+    some = {0: torch.export.Dim.AUTO}
+    events = {**some, 1: torch.export.Dim.AUTO}
+    shapes = (some, some, some, {name: [events, events] for name in example[3]})
     with torch.no_grad():
-        program = torch.export.export(flat, example, dynamic_shapes=tuple(shapes), strict=False).module()
+        program = torch.export.export(flat, example, dynamic_shapes=shapes, strict=False).module()
         for batch in (world.batch, world.batch.unshared(), world.batch.take(torch.arange(3, 12))):
             same(program(*flat.arguments(batch)), model(batch).logits, "exported logits", 1e-4)
 

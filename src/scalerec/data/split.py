@@ -80,7 +80,7 @@ def seconds(rows: pa.RecordBatch, column: str) -> np.ndarray:
         micros = values.cast(pa.timestamp("us"), safe=False).cast(pa.int64())
         times = micros.to_numpy(zero_copy_only=False).astype(np.float64) / 1e6
     elif pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
-        times = values.cast(pa.float64()).to_numpy(zero_copy_only=False)
+        times = values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
     else:
         raise InputError(f"column {column!r} is {values.type}, not a time: use a number, a date or a timestamp column")
     missing = np.flatnonzero(~np.isfinite(times) | pc.is_null(values).to_numpy(zero_copy_only=False))

@@ -1,6 +1,6 @@
 """The tables of a single-device model split over processes by TorchRec; the model's own code stays as it is.
 
-k ids   n lists   R rows   D width
+k ids   n lists   D width of a table
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
 from itertools import chain
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -37,10 +37,9 @@ except ImportError as error:
         "pip install --no-deps torchrec==1.8.0"
     ) from error
 
-Sharding = Literal["table_wise", "column_wise"]
+Sharding = Literal["table_wise", "column_wise", "row_wise"]
 OPTIMIZERS = {"adagrad": EmbOptimType.EXACT_ADAGRAD, "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD}
-COLUMNS = 4  # FBGEMM moves floats by four
-Owners = dict[str, list[int]]  # table -> ranks
+COLUMNS = 4  # TorchRec takes widths that are multiples of it
 
 
 class EmbeddingOptimizer(Protocol):
@@ -74,7 +73,10 @@ def shard(model: Model, optimizer: EmbeddingOptimizer, sharding: Sharding, devic
 
 
 def gather(model: Model) -> dict[str, Tensor]:
-    """The state dict of the same model unsharded, on process 0; empty on the others, which must call it too."""
+    """The state dict of the same model unsharded, on process 0; empty on the others, which must call it too.
+
+    `model.load_state_dict` is the way back: every process takes its part of an unsharded state dict.
+    """
     state = {name: value.cpu() for name, value in model.state_dict().items()}
     return state if rank() == 0 else {}
 
@@ -90,24 +92,28 @@ class ShardedEmbeddings(EmbeddingCollection):
         self, whole: EmbeddingCollection, optimizer: EmbeddingOptimizer, sharding: Sharding, device: torch.device
     ):
         nn.Module.__init__(self)
-        self.layout, self.linear = whole.layout, whole.linear
-        _check(self.layout.tables, optimizer, sharding)
-        fused = {
+        self.layout, self.linear, tables = whole.layout, whole.linear, whole.layout.tables
+        _check(tables, optimizer, sharding)
+        self.ways = {name: _way(owners, sharding) for name, owners in place(tables, sharding, world()).items()}
+        self.fused = {
             "optimizer": OPTIMIZERS[optimizer.embedding],
             "learning_rate": optimizer.embedding_lr,
             "eps": optimizer.embedding_eps,
         }
-        owners = place(self.layout.tables, world(), columns=sharding == "column_wise")
-        pooling = pooled_tables(self.layout)
-        pooled = [table for table in self.layout.tables if table.name in pooling]
+        # Row-wise, TorchRec 1.8 pools only equal batches, and takes means for sums beside tables that are not split.
+        pooling = {} if sharding == "row_wise" else pooled_tables(self.layout)
+        pooled = [table for table in tables if table.name in pooling]
         widths: dict[int, list[Table]] = {}  # TorchRec wants one width where it does not pool
-        for table in self.layout.tables:
+        for table in tables:
             if table.name not in pooling:
                 widths.setdefault(table.dim, []).append(table)
         # Kept from nn.Module's sight: these weights update themselves; no optimiser and no state dict may list them.
-        homes: list[_Home] = [_Bags(pooled, pooling, owners, fused, device)] if pooled else []
-        self.homes = (*homes, *(_Vectors(tables, owners, fused, device) for tables in widths.values()))
-        self._fill(dict(whole.table_weights()))
+        bags: list[_Home] = [_Bags(pooled, self, device, pooling)] if pooled else []
+        self.homes = (*bags, *(_Vectors(group, self, device) for group in widths.values()))
+        found = {shards.table.name: shards for home in self.homes for shards in home.shards}
+        self.shards = [found[table.name] for table in tables]
+        for name, weight in whole.table_weights():
+            found[name].scatter(weight, found[name].weight)
 
     def look_up(self, lookups: list[Lookup]) -> list[Tensor]:
         places: dict[str, list[int]] = {table.name: [] for table in self.layout.tables}
@@ -115,8 +121,8 @@ class ShardedEmbeddings(EmbeddingCollection):
             places[lookup.table].append(i)
         asked = []
         vectors: dict[int, Tensor] = {}
-        # FBGEMM has its lookups on a CPU as differentiable functions only: not in inference mode, but without gradients.
-        with nullcontext() if not torch.is_inference_mode_enabled() else _no_gradients():
+        # On a CPU, FBGEMM's lookups exist only as differentiable functions, which inference mode does not find.
+        with _no_gradients() if torch.is_inference_mode_enabled() else nullcontext():
             for home in self.homes:
                 groups = [[lookups[i] for i in places[table.name]] for table in home.tables]
                 asked.append((home, groups, home.ask(groups)))
@@ -128,21 +134,15 @@ class ShardedEmbeddings(EmbeddingCollection):
     def sparse_parameters(self) -> list[nn.Parameter]:
         return []
 
-    def _fill(self, weights: dict[str, Tensor]) -> None:
-        for home in self.homes:
-            home.module.load_state_dict({key: weights[table.name] for key, table in zip(home.keys, home.tables)})
-
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        for home in self.homes:
-            shards = home.module.state_dict()
-            for key, table in zip(home.keys, home.tables):
-                weight = _whole(shards[key])
-                if weight is not None:
-                    destination[f"{prefix}tables.{table.name}"] = weight
+        for shards in self.shards:
+            weight = shards.gather(shards.weight, shards.table.dim)
+            if weight is not None:
+                destination[f"{prefix}tables.{shards.table.name}"] = weight
 
     def _load_from_state_dict(self, state_dict, prefix, _metadata, _strict, missing, unexpected, errors) -> None:
-        weights = {}
-        for table in self.layout.tables:
+        for shards in self.shards:
+            table = shards.table
             value = state_dict.pop(f"{prefix}tables.{table.name}", None)
             if value is None:
                 missing.append(f"{prefix}tables.{table.name}")
@@ -150,167 +150,54 @@ class ShardedEmbeddings(EmbeddingCollection):
                 found = tuple(value.shape)
                 errors.append(f"table {table.name!r}: {found} in the checkpoint, {(table.rows, table.dim)} here")
             else:
-                weights[table.name] = value
-        if len(weights) == len(self.layout.tables):
-            self._fill(weights)
+                shards.scatter(value, shards.weight)
 
 
-class _Home:
-    """Tables that TorchRec looks up in one call; to it they are t0, t1, ..., each with one feature of that name."""
+class TableOptimizer:
+    """What a sharded model's tables have for an optimiser: its state as that of `RowAdagrad`, and nothing to do.
 
-    keys: list[str]  # of the tables in the module's state dict
+    The updates themselves happen in the backward pass. `state_dict` is for all processes to call together, and is
+    empty except on process 0.
+    """
 
-    def __init__(self, tables: list[Table], whole: nn.Module, sharder: Any, owners: Owners, device: torch.device):
-        self.tables, self.names = tables, _names(tables)
-        fused = EmbeddingComputeKernel.FUSED.value  # not TorchRec's own choice on a CPU, whose unpooled form crashes
-        ways = {
-            name: sharding_plan.column_wise(ranks=owners[table.name], compute_kernel=fused)
-            if len(owners[table.name]) > 1
-            else sharding_plan.table_wise(rank=owners[table.name][0], compute_kernel=fused)
-            for name, table in zip(self.names, tables)
-        }
-        plan = sharding_plan.construct_module_sharding_plan(whole, ways, sharder, device_type=device.type)
-        assert dist.group.WORLD is not None
-        self.module = sharder.shard(whole, plan, ShardingEnv.from_process_group(dist.group.WORLD), device)
+    def __init__(self, model: Model):
+        assert isinstance(model.embeddings, ShardedEmbeddings)
+        self.shards: dict[int, list[_Shards]] = {}  # by width, as one process keeps them
+        for shards in model.embeddings.shards:
+            self.shards.setdefault(shards.table.dim, []).append(shards)
 
-    def ask(self, groups: list[list[Lookup]]) -> Any:
-        """Start the lookups of each table."""
-        raise NotImplementedError
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The backward pass leaves no gradients."""
 
-    def answer(self, waiting: Any, groups: list[list[Lookup]]) -> list[list[Tensor]]:
-        """Their vectors, as `EmbeddingCollection.look_up` returns them."""
-        raise NotImplementedError
+    def step(self) -> None:
+        """The backward pass has made it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        sums = [[shards.gather(shards.sums, shards.sums_width) for shards in group] for group in self.shards.values()]
+        state = {i: {"sum": torch.cat(group)} for i, group in enumerate(sums)} if rank() == 0 else {}
+        return {"state": state, "param_groups": []}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for i, group in enumerate(self.shards.values()):
+            parts = state_dict["state"][i]["sum"].split([shards.table.rows for shards in group])
+            for shards, part in zip(group, parts):
+                shards.scatter(part, shards.sums)
 
 
-class _Vectors(_Home):
-    """Tables of one width, looked up id by id: a batch of one row, whose list for a table holds all ids of a step."""
+class _Shards:
+    """One table: which process holds which rectangle of it, and what this process holds."""
 
-    def __init__(self, tables: list[Table], owners: Owners, fused: dict[str, Any], device: torch.device):
-        configs = [
-            EmbeddingConfig(name=name, feature_names=[name], num_embeddings=table.rows, embedding_dim=table.dim)
-            for name, table in zip(_names(tables), tables)
+    def __init__(self, table: Table, weight: Any, sums: Any, rowwise: bool, device: torch.device):
+        self.table, self.device = table, device
+        self.sums_width = 1 if rowwise else table.dim
+        self.pieces = [
+            (shard.placement.rank(), shard.shard_offsets, shard.shard_sizes)
+            for shard in weight.metadata().shards_metadata
         ]
-        whole = VectorCollection(tables=configs, device=torch.device("meta"))
-        super().__init__(tables, whole, EmbeddingCollectionSharder(fused), owners, device)
-        self.keys = [f"embeddings.{name}.weight" for name in self.names]
+        self.weight = _local(weight)  # [rows, columns] or None
+        self.sums = None if sums is None else _local(sums).view(-1, self.sums_width and -1)
 
-    def ask(self, groups: list[list[Lookup]]) -> Any:
-        ids = torch.cat([lookup.ids for group in groups for lookup in group])
-        counts = [sum(lookup.ids.numel() for lookup in group) for group in groups]
-        lengths = torch.tensor(counts, device=ids.device)
-        return self.module(KeyedJaggedTensor(self.names, ids, lengths=lengths, stride=1, length_per_key=counts))
-
-    def answer(self, waiting: Any, groups: list[list[Lookup]]) -> list[list[Tensor]]:
-        answers = []
-        for name, group in zip(self.names, groups):
-            parts = waiting[name].values().split([lookup.ids.numel() for lookup in group])
-            answers.append([lookup.pooled(part) for lookup, part in zip(group, parts)])
-        return answers
+    def gather(self, local: Tensor | None, width: int) -> Tensor | None:
+        ...
 
 
-class _Bags(_Home):
-    """Tables of multi-valued features: only sums and means are sent, of as many rows as the longest feature has."""
-
-    def __init__(
-        self, tables: list[Table], pooling: dict[str, str], owners: Owners, fused: dict[str, Any], device: torch.device
-    ):
-        configs = [
-            EmbeddingBagConfig(
-                name=name, feature_names=[name], num_embeddings=table.rows, embedding_dim=table.dim,
-                pooling=PoolingType.MEAN if pooling[table.name] == "mean" else PoolingType.SUM,
-            )
-            for name, table in zip(_names(tables), tables)
-        ]  # fmt: skip
-        whole = BagCollection(tables=configs, device=torch.device("meta"))
-        super().__init__(tables, whole, EmbeddingBagCollectionSharder(fused), owners, device)
-        self.keys = [f"embedding_bags.{name}.weight" for name in self.names]
-
-    def ask(self, groups: list[list[Lookup]]) -> Any:
-        ids = torch.cat([lookup.ids for group in groups for lookup in group])
-        counts = [sum(lookup.ids.numel() for lookup in group) for group in groups]
-        lengths = [torch.cat([ids.new_empty(0), *(_lengths(lookup) for lookup in group)]) for group in groups]
-        rows = max(map(len, lengths))
-        padded = torch.cat([nn.functional.pad(one, (0, rows - len(one))) for one in lengths])
-        return self.module(KeyedJaggedTensor(self.names, ids, lengths=padded, stride=rows, length_per_key=counts))
-
-    def answer(self, waiting: Any, groups: list[list[Lookup]]) -> list[list[Tensor]]:
-        found = waiting.to_dict()
-        answers = []
-        for name, group in zip(self.names, groups):
-            sizes = [len(_lengths(lookup)) for lookup in group]
-            answers.append(list(found[name][: sum(sizes)].split(sizes)))
-        return answers
-
-
-class _Together(torch.autograd.Function):
-    """The same tensors; as soon as one gets a gradient all do, so that no process skips a step of the others."""
-
-    @staticmethod
-    def forward(ctx: Any, *vectors: Tensor) -> tuple[Tensor, ...]:
-        return vectors
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        return gradients
-
-
-@contextmanager
-def _no_gradients():
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
-def place(tables: Iterable[Table], ranks: int, columns: bool) -> Owners:
-    """The ranks of each table's column shards, in order: largest tables first, each to the ranks that hold least."""
-    held = [0] * ranks
-    owners = {}
-    for table in sorted(tables, key=lambda table: -table.rows * table.dim):
-        pieces = max(n for n in range(1, ranks + 1) if table.dim % (n * COLUMNS) == 0) if columns else 1
-        owners[table.name] = sorted(sorted(range(ranks), key=held.__getitem__)[:pieces])
-        for owner in owners[table.name]:
-            held[owner] += table.rows * table.dim // pieces
-    return owners
-
-
-def pooled_tables(layout: Layout) -> dict[str, str]:
-    """The tables that only multi-valued features read, and how they pool."""
-    readers: dict[str, set[str]] = {table.name: set() for table in layout.tables}
-    for feature in (feature for group in layout.groups for feature in group.features):
-        for table in feature.tables:
-            readers[table].add(feature.pooling if feature.kind == "multi" else "")
-    return {name: found.pop() for name, found in readers.items() if found in ({"mean"}, {"sum"})}
-
-
-def _check(tables: tuple[Table, ...], optimizer: EmbeddingOptimizer, sharding: Sharding) -> None:
-    if sharding == "column_wise" and optimizer.embedding == "rowwise_adagrad":
-        # One accumulator for each row of each shard, not for each row: no longer the optimiser of one process.
-        raise InputError("row-wise Adagrad needs whole rows: shard table_wise, or use --optimizer.embedding adagrad")
-    odd = next((table for table in tables if table.dim % COLUMNS), None)
-    if odd is not None:
-        raise InputError(f"table {odd.name!r} is {odd.dim} wide: sharded tables need a multiple of {COLUMNS}")
-
-
-def _whole(table: Any) -> Tensor | None:
-    """A table put together on process 0 from its shards, sent one by one; None on the others."""
-    weight = torch.empty(table.metadata().size) if rank() == 0 else None
-    local = {tuple(shard.metadata.shard_offsets): shard.tensor for shard in table.local_shards()}
-    for shard in table.metadata().shards_metadata:
-        owner, piece = shard.placement.rank(), local.get(tuple(shard.shard_offsets))
-        if weight is not None:
-            if piece is None:
-                piece = torch.empty(shard.shard_sizes, device=table._get_preferred_device())
-                dist.recv(piece, owner)
-            (row, column), (rows, columns) = shard.shard_offsets, shard.shard_sizes
-            weight[row : row + rows, column : column + columns] = piece
-        elif piece is not None:
-            dist.send(piece.contiguous(), 0)
-    return weight
-
-
-def _lengths(lookup: Lookup) -> Tensor:
-    assert lookup.lengths is not None, f"table {lookup.table} holds multi-valued features"
-    return lookup.lengths
-
-
-def _names(tables: list[Table]) -> list[str]:
-    return [f"t{i}" for i in range(len(tables))]

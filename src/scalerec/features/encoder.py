@@ -19,7 +19,7 @@ from scalerec.errors import InputError
 from scalerec.features.hashing import hash_column, mix
 from scalerec.features.layout import FeatureLayout, GroupLayout, Layout, Table
 from scalerec.features.lists import last, lists
-from scalerec.features.numeric import NumericFit, NumericStatistics, bucket, numbers, standardise
+from scalerec.features.numeric import NumericFit, NumericStatistics, bucket, numbers, seconds, standardise
 from scalerec.features.vocabulary import HashVocabulary, ValueCounts, Vocabulary
 from scalerec.schema import Categorical, Cross, Feature, Frozen, MultiCategorical, Numeric, Schema, Sequence
 
@@ -107,7 +107,7 @@ class Encoder:
                 if feature.time_column:
                     flat, lengths = lists(rows.column(feature.time_column), feature.time_column)
                     keep, lengths = last(lengths, feature.max_len)
-                    stamps, _ = numbers(flat.take(pa.array(keep)), feature.time_column)
+                    stamps, _ = numbers(seconds(flat.take(pa.array(keep))), feature.time_column)
                     times[feature.name] = Jagged.from_lengths(torch.from_numpy(stamps), torch.from_numpy(lengths))
                     if not torch.equal(times[feature.name].offsets, multi[feature.name].offsets):
                         raise InputError(f"{where}: lists {feature.time_column!r} and those of {feature.name!r} differ")

@@ -26,9 +26,11 @@ def hash_text(text: str) -> int:
 
 def hash_column(column: pa.Array) -> np.ndarray:
     """The uint64 code [n] of each value; whole numbers by value whatever their width, anything else by its text."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
     missing = column.is_null().to_numpy(zero_copy_only=False)
     if pa.types.is_integer(column.type) or pa.types.is_boolean(column.type):
-        values = column.cast(pa.int64()).fill_null(0).to_numpy(zero_copy_only=False)
+        values = column.cast(pa.int64(), safe=False).fill_null(0).to_numpy(zero_copy_only=False)
         codes = mix(values.view(np.uint64))
     else:
         encoded = column.dictionary_encode()

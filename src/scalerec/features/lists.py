@@ -11,6 +11,8 @@ from scalerec.errors import InputError
 
 def lists(column: pa.Array, name: str, separator: str | None = None) -> tuple[pa.Array, np.ndarray]:
     """Flat values and int64 lengths [n] of a list column, or of text cut at `separator`; a null list is empty."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
     if separator is not None and (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         column = pc.split_pattern(pc.if_else(pc.equal(column, ""), pa.scalar(None, column.type), column), separator)
     if pa.types.is_null(column.type):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from scalerec.batch import FIRST_ID, MISSING
 from scalerec.errors import InputError
@@ -22,6 +23,8 @@ class NumericFit(Frozen):
 
 def numbers(column: pa.Array, name: str) -> tuple[np.ndarray, int]:
     """A column as float64 [n] with NaN where missing, and how many values were NaN or infinite (read as missing)."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
     if not (
         pa.types.is_integer(column.type)
         or pa.types.is_floating(column.type)
@@ -32,10 +35,17 @@ def numbers(column: pa.Array, name: str) -> tuple[np.ndarray, int]:
         raise InputError(f"column {name!r} is {column.type}, not a number: make it categorical or convert it")
     if pa.types.is_boolean(column.type):
         column = column.cast(pa.int8())
-    values = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+    values = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
     broken = ~np.isfinite(values)
     repaired = int(broken.sum()) - column.null_count
     return np.where(broken, np.nan, values), repaired
+
+
+def seconds(column: pa.Array) -> pa.Array:
+    """Timestamps and dates as seconds since 1970, numbers as they are."""
+    if not (pa.types.is_timestamp(column.type) or pa.types.is_date(column.type)):
+        return column
+    return pc.divide(column.cast(pa.timestamp("us"), safe=False).cast(pa.int64()).cast(pa.float64(), safe=False), 1e6)
 
 
 def transform(values: np.ndarray, log: bool) -> np.ndarray:

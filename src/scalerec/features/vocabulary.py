@@ -15,6 +15,8 @@ from scalerec.features.hashing import hash_column
 
 def keys(column: pa.Array, name: str, integer: bool | None = None) -> pa.Array:
     """A column as int64 or text keys, NaN as null; `integer` is the kind seen in fitting (None: decide now)."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
     if pa.types.is_floating(column.type):
         column = pc.if_else(pc.is_finite(column), column, pa.scalar(None, column.type))
         whole = pc.all(pc.equal(column, pc.floor(column))).as_py() in (True, None)
@@ -23,14 +25,14 @@ def keys(column: pa.Array, name: str, integer: bool | None = None) -> pa.Array:
             column = pc.if_else(pc.equal(column, pc.floor(column)), column, pa.scalar(-(2.0**52) - 1, column.type))
             column = column.cast(pa.int64(), safe=False)
     elif pa.types.is_boolean(column.type) or pa.types.is_unsigned_integer(column.type):
-        column = column.cast(pa.int64())
+        column = column.cast(pa.int64(), safe=False)
+    if pa.types.is_null(column.type):
+        return column.cast(pa.int64() if integer else pa.string())
     is_integer = pa.types.is_integer(column.type)
     if integer and not is_integer:
         raise InputError(f"column {name!r} is {column.type}, but was a whole number when the encoder was fitted")
     if is_integer and integer is not False:
         return column.cast(pa.int64())
-    if pa.types.is_null(column.type):
-        return column.cast(pa.int64() if integer else pa.string())
     try:
         return column.cast(pa.large_string())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):

@@ -1,4 +1,7 @@
-"""A log with a known best score: the teacher with groups; `--data.teacher flat` is the one without."""
+"""A log with a known best score: the teacher with groups; `--data.teacher flat` is the one without.
+
+Eight groups and a history, 64 columns each: nine equal chunks are the groups. All models have 0.51 M dense parameters.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,12 @@ def _run(name: str, model: ModelConfig) -> Run:
 
 
 def rankmixer_synthetic() -> Run:
-    return _run("rankmixer", RankMixerConfig(dim=96, num_tokens=12, ffn_dim=192))
+    return _run("rankmixer", RankMixerConfig(dim=108, num_tokens=9, ffn_dim=108, head="linear"))
 
 
 def dcnv2_synthetic() -> Run:
-    return _run("dcnv2", DCNv2Config(crosses=3, rank=128, hidden=(512, 256)))
+    return _run("dcnv2", DCNv2Config(crosses=3, rank=64, hidden=(344, 192)))
 
 
 def dlrm_mlp_synthetic() -> Run:
-    return _run("dlrm_mlp", DLRMMLPConfig(hidden=(512, 256, 128)))
+    return _run("dlrm_mlp", DLRMMLPConfig(hidden=(512, 300, 128)))

@@ -43,6 +43,7 @@ class State:
     steps_in_losses: int = 0
     best: str = ""  # checkpoint
     best_value: float | None = None
+    best_tables: dict[str, dict[str, float]] = field(default_factory=dict)  # of the validation rows, by task
     evaluations: int = 0
     evaluations_since_best: int = 0
     threads: int = 0
@@ -218,6 +219,7 @@ class Training:
         self.log.write("validation", state.step, {"epoch": state.epoch, "tasks": found}, state.seconds)
         if state.best_value is None or value > state.best_value:
             state.best, state.best_value, state.evaluations_since_best = self._name(), value, 0
+            state.best_tables = found
         else:
             state.evaluations_since_best += 1
             state.finished = 0 < self.config.patience <= state.evaluations_since_best
@@ -272,11 +274,11 @@ def train(run: Run, out: Path, *, resume: bool = False, warm_start: Path | None 
         training = Training(run, out, resume=resume, warm_start=warm_start, log=log)
         training.fit()
         training.model.load_state_dict(checkpoint.load(out).weights)
-        found: dict[str, Any] = {"name": run.name, "seconds": training.state.seconds, "steps": training.state.step}
-        for part in ("validation", "test"):
-            predictions = training.predict(part)
-            found[part] = evaluate.tables(predictions, training.encoder.layout.tasks)
-        evaluate.write(predictions, training.encoder.layout.tasks, out / "test.parquet")
+        state, tasks = training.state, training.encoder.layout.tasks
+        predictions = training.predict("test")
+        evaluate.write(predictions, tasks, out / "test.parquet")
+        found: dict[str, Any] = {"name": run.name, "seconds": state.seconds, "steps": state.step}
+        found |= {"validation": state.best_tables, "test": evaluate.tables(predictions, tasks)}
         found["parameters"] = {**training.model.parts(), "embedding": training.encoder.layout.embedding_parameters}
         sample = next(iter(Loader(training.rows, training.encoder, "test", EVALUATION_BATCH)))
         found["flops_per_row"] = training.model.flops(sample) / len(sample)
