@@ -72,7 +72,7 @@ class Loader:
             yield self._mine(Batch.cat(rest)), here
 
     def _mine(self, batch: Batch) -> Batch:
-        return batch if self.world == 1 else batch.take(torch.arange(self.rank, len(batch), self.world))
+        return batch if self.world == 1 else batch.take(torch.arange(len(batch))[self.rank :: self.world])
 
     def _windows(self, epoch: int, start: int) -> Iterator[tuple[int, Batch]]:
         """(first piece, shuffled rows) of each window."""

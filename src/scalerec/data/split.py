@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from datetime import date, datetime, timezone
+from datetime import datetime, timezone
 from typing import Annotated, Literal, Union
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
 from scalerec.errors import InputError
 from scalerec.features.hashing import hash_column, mix
+from scalerec.features.numeric import numbers, seconds
 from scalerec.schema import Frozen
 
 Part = Literal["train", "validation", "test"]
 PARTS: tuple[Part, ...] = ("train", "validation", "test")
 
-Moment = Union[int, float, date, datetime]
+Moment = Union[int, float, datetime]  # a date is its midnight
 
 
 class TimeSplit(Frozen):
@@ -30,7 +30,7 @@ class TimeSplit(Frozen):
 
     def part_of(self, rows: pa.RecordBatch, first: int) -> np.ndarray:
         """The part of each row [n] as an index into PARTS; `first` is the number of the first row in the files."""
-        times = seconds(rows, self.column)
+        times = times_of(rows, self.column)
         unit = 1.0 if _is_number(rows, self.column) else None
         cuts = [_moment(value, unit, self.column) for value in (self.validation, self.test)]
         return np.searchsorted(np.asarray(cuts), times, side="right").astype(np.int8)
@@ -73,20 +73,16 @@ class NoSplit(Frozen):
 Split = Annotated[Union[TimeSplit, RandomSplit, NoSplit], Field(discriminator="kind")]
 
 
-def seconds(rows: pa.RecordBatch, column: str) -> np.ndarray:
+def times_of(rows: pa.RecordBatch, column: str) -> np.ndarray:
     """A time column as float64 [n]: numbers in their own unit, timestamps and dates in seconds since 1970."""
-    values = _column(rows, column)
-    if pa.types.is_timestamp(values.type) or pa.types.is_date(values.type):
-        micros = values.cast(pa.timestamp("us"), safe=False).cast(pa.int64())
-        times = micros.to_numpy(zero_copy_only=False).astype(np.float64) / 1e6
-    elif pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
-        times = values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
-    else:
+    values = seconds(_column(rows, column))
+    if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
         raise InputError(f"column {column!r} is {values.type}, not a time: use a number, a date or a timestamp column")
-    missing = np.flatnonzero(~np.isfinite(times) | pc.is_null(values).to_numpy(zero_copy_only=False))
+    times, _ = numbers(values, column)
+    missing = np.flatnonzero(np.isnan(times))
     if missing.size:
         raise InputError(
-            f"column {column!r}, row {missing[0]} of a batch: no time; drop such rows or choose another column"
+            f"column {column!r}, row {missing[0]} of a piece: no time; drop such rows or choose another column"
         )
     return times
 
@@ -106,6 +102,4 @@ def _moment(value: Moment, unit: float | None, column: str) -> float:
         return float(value)
     if unit is not None:
         raise InputError(f"split: column {column!r} holds numbers, so its cuts must be numbers too, not {value}")
-    if not isinstance(value, datetime):
-        value = datetime(value.year, value.month, value.day)
     return (value if value.tzinfo else value.replace(tzinfo=timezone.utc)).timestamp()

@@ -1,22 +1,18 @@
-"""The tables of a single-device model split over processes by TorchRec; the model's own code stays as it is.
-
-k ids   n lists   D width of a table
-"""
+"""The tables of a single-device model split over processes by TorchRec; the model's own code stays as it is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import contextmanager, nullcontext
 from itertools import chain
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from scalerec.distributed.placement import EmbeddingOptimizer, Sharding, check, place, pooled_tables
 from scalerec.distributed.ranks import rank, world
 from scalerec.errors import InputError
-from scalerec.features.layout import Layout, Table
+from scalerec.features.layout import Table
 from scalerec.layers.embedding import EmbeddingCollection, Lookup
 from scalerec.models.base import Model
 
@@ -37,20 +33,7 @@ except ImportError as error:
         "pip install --no-deps torchrec==1.8.0"
     ) from error
 
-Sharding = Literal["table_wise", "column_wise", "row_wise"]
 OPTIMIZERS = {"adagrad": EmbOptimType.EXACT_ADAGRAD, "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD}
-COLUMNS = 4  # TorchRec takes widths that are multiples of it
-
-
-class EmbeddingOptimizer(Protocol):
-    """What fused updates have to know, as in `OptimizerConfig`."""
-
-    @property
-    def embedding(self) -> Literal["adagrad", "rowwise_adagrad"]: ...
-    @property
-    def embedding_lr(self) -> float: ...
-    @property
-    def embedding_eps(self) -> float: ...
 
 
 def shard(model: Model, optimizer: EmbeddingOptimizer, sharding: Sharding, device: torch.device | str) -> Model:
@@ -93,13 +76,9 @@ class ShardedEmbeddings(EmbeddingCollection):
     ):
         nn.Module.__init__(self)
         self.layout, self.linear, tables = whole.layout, whole.linear, whole.layout.tables
-        _check(tables, optimizer, sharding)
-        self.ways = {name: _way(owners, sharding) for name, owners in place(tables, sharding, world()).items()}
-        self.fused = {
-            "optimizer": OPTIMIZERS[optimizer.embedding],
-            "learning_rate": optimizer.embedding_lr,
-            "eps": optimizer.embedding_eps,
-        }
+        check(tables, optimizer, sharding)
+        ways = {name: _way(owners, sharding) for name, owners in place(tables, sharding, world()).items()}
+        plan = _Plan(ways, optimizer, device)
         # Row-wise, TorchRec 1.8 pools only equal batches, and takes means for sums beside tables that are not split.
         pooling = {} if sharding == "row_wise" else pooled_tables(self.layout)
         pooled = [table for table in tables if table.name in pooling]
@@ -108,8 +87,8 @@ class ShardedEmbeddings(EmbeddingCollection):
             if table.name not in pooling:
                 widths.setdefault(table.dim, []).append(table)
         # Kept from nn.Module's sight: these weights update themselves; no optimiser and no state dict may list them.
-        bags: list[_Home] = [_Bags(pooled, self, device, pooling)] if pooled else []
-        self.homes = (*bags, *(_Vectors(group, self, device) for group in widths.values()))
+        bags: list[_Home] = [_Bags(pooled, plan, pooling)] if pooled else []
+        self.homes = (*bags, *(_Vectors(group, plan) for group in widths.values()))
         found = {shards.table.name: shards for home in self.homes for shards in home.shards}
         self.shards = [found[table.name] for table in tables]
         for name, weight in whole.table_weights():
@@ -121,8 +100,9 @@ class ShardedEmbeddings(EmbeddingCollection):
             places[lookup.table].append(i)
         asked = []
         vectors: dict[int, Tensor] = {}
+        gradients = torch.is_grad_enabled()
         # On a CPU, FBGEMM's lookups exist only as differentiable functions, which inference mode does not find.
-        with _no_gradients() if torch.is_inference_mode_enabled() else nullcontext():
+        with torch.inference_mode(False), torch.set_grad_enabled(gradients):
             for home in self.homes:
                 groups = [[lookups[i] for i in places[table.name]] for table in home.tables]
                 asked.append((home, groups, home.ask(groups)))
@@ -173,8 +153,11 @@ class TableOptimizer:
         """The backward pass has made it."""
 
     def state_dict(self) -> dict[str, Any]:
-        sums = [[shards.gather(shards.sums, shards.sums_width) for shards in group] for group in self.shards.values()]
-        state = {i: {"sum": torch.cat(group)} for i, group in enumerate(sums)} if rank() == 0 else {}
+        state = {}
+        for i, group in enumerate(self.shards.values()):
+            sums = [shards.gather(shards.sums, shards.sums_width) for shards in group]
+            if rank() == 0:
+                state[i] = {"sum": torch.cat([of_table for of_table in sums if of_table is not None])}
         return {"state": state, "param_groups": []}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -184,20 +167,169 @@ class TableOptimizer:
                 shards.scatter(part, shards.sums)
 
 
+class _Plan(NamedTuple):
+    ways: dict[str, Any]  # table -> TorchRec's way of splitting it
+    optimizer: EmbeddingOptimizer
+    device: torch.device
+
+    @property
+    def fused(self) -> dict[str, Any]:
+        kind, lr, eps = self.optimizer.embedding, self.optimizer.embedding_lr, self.optimizer.embedding_eps
+        return {"optimizer": OPTIMIZERS[kind], "learning_rate": lr, "eps": eps}
+
+
 class _Shards:
     """One table: which process holds which rectangle of it, and what this process holds."""
 
-    def __init__(self, table: Table, weight: Any, sums: Any, rowwise: bool, device: torch.device):
-        self.table, self.device = table, device
-        self.sums_width = 1 if rowwise else table.dim
-        self.pieces = [
-            (shard.placement.rank(), shard.shard_offsets, shard.shard_sizes)
-            for shard in weight.metadata().shards_metadata
-        ]
-        self.weight = _local(weight)  # [rows, columns] or None
-        self.sums = None if sums is None else _local(sums).view(-1, self.sums_width and -1)
+    def __init__(self, table: Table, weight: Any, sums: Any, plan: _Plan):
+        self.table, self.device = table, plan.device
+        self.sums_width = 1 if plan.optimizer.embedding == "rowwise_adagrad" else table.dim
+        shards = weight.metadata().shards_metadata
+        self.pieces = [(shard.placement.rank(), shard.shard_offsets, shard.shard_sizes) for shard in shards]
+        self.weight, self.sums = _local(weight), _local(sums)  # [rows, columns]; Adagrad's sums, [rows, 1] if row-wise
 
     def gather(self, local: Tensor | None, width: int) -> Tensor | None:
-        ...
+        """The whole [rows, width] on process 0, None elsewhere, of what each process holds of it."""
+        whole = torch.empty(self.table.rows, width) if rank() == 0 else None
+        for owner, (row, column), (rows, columns) in self.pieces:
+            columns = min(columns, width)
+            if whole is not None:
+                piece = local
+                if owner != 0:
+                    piece = torch.empty(rows, columns, device=self.device)
+                    dist.recv(piece, owner)
+                assert piece is not None
+                whole[row : row + rows, column : column + columns] = piece
+            elif owner == rank():
+                assert local is not None
+                dist.send(local.contiguous(), 0)
+        return whole
+
+    def scatter(self, whole: Tensor, local: Tensor | None) -> None:
+        """This process's part of the whole."""
+        for owner, (row, column), (rows, columns) in self.pieces:
+            if owner == rank():
+                assert local is not None
+                local.copy_(whole[row : row + rows, column : column + columns])
 
 
+class _Home:
+    """Tables that TorchRec looks up in one call; to it they are t0, t1, ..., each with one feature of that name."""
+
+    def __init__(self, tables: list[Table], whole: nn.Module, sharder: Any, key: str, plan: _Plan):
+        self.tables, self.names, self.device = tables, _names(tables), plan.device
+        ways = {name: plan.ways[table.name] for name, table in zip(self.names, tables)}
+        parts = sharding_plan.construct_module_sharding_plan(whole, ways, sharder, device_type=plan.device.type)
+        assert dist.group.WORLD is not None
+        self.module = sharder.shard(whole, parts, ShardingEnv.from_process_group(dist.group.WORLD), plan.device)
+        weights = self.module.state_dict()
+        sums = self.module.fused_optimizer.state_dict()["state"]  # of the tables that have a shard here
+        self.shards = []
+        for name, table in zip(self.names, tables):
+            path = f"{key}.{name}.weight"
+            self.shards.append(_Shards(table, weights[path], sums.get(path, {}).get(f"{name}.momentum1"), plan))
+
+    def ids(self, groups: list[list[Lookup]]) -> tuple[Tensor, list[int]]:
+        """The ids of all lookups, table by table, and how many each table has."""
+        none = torch.empty(0, dtype=torch.int64, device=self.device)
+        ids = torch.cat([none, *(lookup.ids for group in groups for lookup in group)])
+        return ids, [sum(lookup.ids.numel() for lookup in group) for group in groups]
+
+    def ask(self, groups: list[list[Lookup]]) -> Any:
+        """Start the lookups of each table."""
+        raise NotImplementedError
+
+    def answer(self, waiting: Any, groups: list[list[Lookup]]) -> list[list[Tensor]]:
+        """Their vectors, as `EmbeddingCollection.look_up` returns them."""
+        raise NotImplementedError
+
+
+class _Vectors(_Home):
+    """Tables of one width, looked up id by id: a batch of one row, whose list for a table holds all ids of a step."""
+
+    def __init__(self, tables: list[Table], plan: _Plan):
+        configs = [
+            EmbeddingConfig(name=name, feature_names=[name], num_embeddings=table.rows, embedding_dim=table.dim)
+            for name, table in zip(_names(tables), tables)
+        ]
+        whole = VectorCollection(tables=configs, device=torch.device("meta"))
+        super().__init__(tables, whole, EmbeddingCollectionSharder(plan.fused), "embeddings", plan)
+
+    def ask(self, groups: list[list[Lookup]]) -> Any:
+        ids, counts = self.ids(groups)
+        lengths = torch.tensor(counts, device=ids.device)
+        return self.module(KeyedJaggedTensor(self.names, ids, lengths=lengths, stride=1, length_per_key=counts))
+
+    def answer(self, waiting: Any, groups: list[list[Lookup]]) -> list[list[Tensor]]:
+        answers = []
+        for name, group in zip(self.names, groups):
+            parts = waiting[name].values().split([lookup.ids.numel() for lookup in group])
+            answers.append([lookup.pooled(part) for lookup, part in zip(group, parts)])
+        return answers
+
+
+class _Bags(_Home):
+    """Tables of multi-valued features: only sums and means are sent, of as many rows as the longest feature has."""
+
+    def __init__(self, tables: list[Table], plan: _Plan, pooling: dict[str, str]):
+        kinds = {"mean": PoolingType.MEAN, "sum": PoolingType.SUM}
+        configs = [
+            EmbeddingBagConfig(
+                name=name, feature_names=[name], num_embeddings=table.rows, embedding_dim=table.dim,
+                pooling=kinds[pooling[table.name]],
+            )
+            for name, table in zip(_names(tables), tables)
+        ]  # fmt: skip
+        whole = BagCollection(tables=configs, device=torch.device("meta"))
+        super().__init__(tables, whole, EmbeddingBagCollectionSharder(plan.fused), "embedding_bags", plan)
+
+    def ask(self, groups: list[list[Lookup]]) -> Any:
+        ids, counts = self.ids(groups)
+        lengths = [torch.cat([ids.new_empty(0), *(_lengths(lookup) for lookup in group)]) for group in groups]
+        rows = max(map(len, lengths))
+        padded = torch.cat([nn.functional.pad(one, (0, rows - len(one))) for one in lengths])
+        return self.module(KeyedJaggedTensor(self.names, ids, lengths=padded, stride=rows, length_per_key=counts))
+
+    def answer(self, waiting: Any, groups: list[list[Lookup]]) -> list[list[Tensor]]:
+        found = waiting.to_dict()
+        answers = []
+        for name, group in zip(self.names, groups):
+            sizes = [len(_lengths(lookup)) for lookup in group]
+            answers.append(list(found[name][: sum(sizes)].split(sizes)))
+        return answers
+
+
+class _Together(torch.autograd.Function):
+    """The same tensors; as soon as one gets a gradient all do, so that no process misses an exchange of the others."""
+
+    @staticmethod
+    def forward(ctx: Any, *vectors: Tensor) -> tuple[Tensor, ...]:
+        return vectors
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return gradients
+
+
+def _way(owners: list[int], sharding: Sharding) -> Any:
+    kernel = EmbeddingComputeKernel.FUSED.value  # TorchRec's own choice would be another, whose lists crash on a CPU
+    if len(owners) == 1:
+        return sharding_plan.table_wise(rank=owners[0], compute_kernel=kernel)
+    if sharding == "column_wise":
+        return sharding_plan.column_wise(ranks=owners, compute_kernel=kernel)
+    return sharding_plan.row_wise(compute_kernel=kernel)
+
+
+def _local(table: Any) -> Tensor | None:
+    """What this process holds of a ShardedTensor, as a matrix."""
+    shards = table.local_shards() if table is not None else []
+    return shards[0].tensor.detach().view(len(shards[0].tensor), -1) if shards else None
+
+
+def _lengths(lookup: Lookup) -> Tensor:
+    assert lookup.lengths is not None, f"table {lookup.table} holds multi-valued features"
+    return lookup.lengths
+
+
+def _names(tables: list[Table]) -> list[str]:
+    return [f"t{i}" for i in range(len(tables))]

@@ -14,18 +14,20 @@ from scalerec.training.optim import OptimizerConfig
 from scalerec.training.run import Run, TrainingConfig
 
 
-def _run(name: str, model: ModelConfig) -> Run:
-    training = TrainingConfig(epochs=1, batch_size=1024, optimizer=OptimizerConfig(embedding_lr=0.05))
+def _run(name: str, model: ModelConfig, embedding_lr: float) -> Run:
+    # Learning rates as found on the validation rows of the grouped teacher (docs/log.md).
+    optimizer = OptimizerConfig(dense="adamw", lr=1e-3, embedding_lr=embedding_lr)
+    training = TrainingConfig(epochs=1, batch_size=1024, optimizer=optimizer)
     return Run(name=f"{name}_synthetic", data=Synthetic(), model=model, training=training)
 
 
 def rankmixer_synthetic() -> Run:
-    return _run("rankmixer", RankMixerConfig(dim=108, num_tokens=9, ffn_dim=108, head="linear"))
+    return _run("rankmixer", RankMixerConfig(dim=108, num_tokens=9, ffn_dim=108, head="linear"), embedding_lr=0.1)
 
 
 def dcnv2_synthetic() -> Run:
-    return _run("dcnv2", DCNv2Config(crosses=3, rank=64, hidden=(344, 192)))
+    return _run("dcnv2", DCNv2Config(crosses=3, rank=64, hidden=(344, 192)), embedding_lr=0.15)
 
 
 def dlrm_mlp_synthetic() -> Run:
-    return _run("dlrm_mlp", DLRMMLPConfig(hidden=(512, 300, 128)))
+    return _run("dlrm_mlp", DLRMMLPConfig(hidden=(512, 300, 128)), embedding_lr=0.05)

@@ -53,12 +53,16 @@ def compare(
             for run in runs
             for seed in range(seeds)
         ]
-        for job in jobs:
-            job.result()
-    if with_reference:
-        for seed in range(seeds):
-            _reference(first, out / "lightgbm" / f"seed-{seed}", seed, console)
-        names.append("lightgbm")
+        if with_reference:
+            names.append("lightgbm")
+            folders = [out / "lightgbm" / f"seed-{seed}" for seed in range(seeds)]
+            jobs += [pool.submit(_reference, first, folder, seed, console) for seed, folder in enumerate(folders)]
+        try:
+            for job in jobs:
+                job.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     tasks = [task.name for task in first.data.schema().tasks]
     results = {name: [_read(out / name / f"seed-{seed}") for seed in range(seeds)] for name in names}
     predictions = {

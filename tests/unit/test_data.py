@@ -1,0 +1,527 @@
+"""From files to batches: which rows belong to which part, what a broken file does, and that a stream can be resumed."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
+
+from scalerec.batch import Batch
+from scalerec.data import reader
+from scalerec.data.loader import Loader, Position, ahead
+from scalerec.data.reader import Rows, check_parts, count_parts, find_parquet
+from scalerec.data.split import PARTS, NoSplit, Part, RandomSplit, Split, TimeSplit
+from scalerec.errors import InputError
+from scalerec.features.encoder import Encoder
+from scalerec.schema import Categorical, Group, Schema, Task
+
+UTC = datetime.timezone.utc
+SCHEMA = Schema(
+    groups=(
+        Group(name="user", side="user", features=(Categorical(name="user"),)),
+        Group(name="item", side="item", features=(Categorical(name="item", vocabulary="hash", buckets=50),)),
+    ),
+    tasks=(Task(name="y"),),
+    user="user",
+)
+
+
+def table(first: int, rows: int) -> pa.Table:
+    """Rows first, first + 1, ... of a log: 7 users in turn, time and item are the row's number."""
+    numbers = np.arange(first, first + rows)
+    return pa.table({"user": [f"u{n % 7}" for n in numbers], "item": numbers, "time": numbers, "y": numbers % 2})
+
+
+def write(folder: Path, *sizes: int, row_group: int = 10) -> list[Path]:
+    """One log as files of these many rows."""
+    paths, first = [], 0
+    for number, size in enumerate(sizes):
+        paths.append(folder / f"part-{number}.parquet")
+        pq.write_table(table(first, size), paths[-1], row_group_size=row_group)
+        first += size
+    return paths
+
+
+def flat(lists: Iterable[list[int]]) -> list[int]:
+    return list(itertools.chain.from_iterable(lists))
+
+
+def numbers(pieces: Iterator[Any]) -> list[int]:
+    return [int(n) for piece in pieces for n in piece.index]
+
+
+# -- splits
+
+
+def parts_of(split: Any, column: Any, first: int = 0) -> list[int]:
+    rows = pa.RecordBatch.from_arrays([column if isinstance(column, pa.Array) else pa.array(column)], names=["t"])
+    return split.part_of(rows, first).tolist()
+
+
+@pytest.mark.parametrize("kind", [pa.int64(), pa.int32(), pa.uint8(), pa.float32()])
+def test_a_split_in_time_by_numbers(kind):
+    split = TimeSplit(column="t", validation=10, test=20)
+    assert parts_of(split, pa.array([9, 10, 19, 20, 25, 0], kind)) == [0, 1, 1, 2, 2, 0]
+
+
+@pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
+@pytest.mark.parametrize("zone", [None, "UTC", "Asia/Tokyo"])
+def test_a_split_in_time_by_timestamps(unit, zone):
+    moments = [datetime.datetime(2024, 1, day, hour, tzinfo=UTC) for day, hour in ((9, 23), (10, 0), (19, 23), (20, 0))]
+    column = pa.array(moments, pa.timestamp("us", "UTC")).cast(pa.timestamp(unit, "UTC"))
+    column = column.cast(pa.timestamp(unit, zone)) if zone != "UTC" else column
+    for validation in ("2024-01-10", datetime.date(2024, 1, 10), datetime.datetime(2024, 1, 10, tzinfo=UTC)):
+        split = TypeAdapter(Split).validate_python(
+            {"kind": "time", "column": "t", "validation": validation, "test": "2024-01-20T00:00:00"}
+        )
+        assert parts_of(split, column) == [0, 1, 1, 2]
+        assert TypeAdapter(Split).validate_json(split.model_dump_json()).part_of is not None
+
+
+@pytest.mark.parametrize("kind", [pa.date32(), pa.date64()])
+def test_a_split_in_time_by_dates(kind):
+    split = TimeSplit(column="t", validation=datetime.date(2024, 1, 10), test=datetime.date(2024, 1, 20))
+    days = [datetime.date(2024, 1, day) for day in (9, 10, 19, 20)]
+    assert parts_of(split, pa.array(days, kind)) == [0, 1, 1, 2]
+
+
+def test_cuts_in_nanoseconds():
+    day = 86_400 * 10**9
+    split = TimeSplit(column="t", validation=19_000 * day, test=19_001 * day)
+    assert parts_of(split, [18_999 * day, 19_000 * day, 19_001 * day]) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("zone", ["", "+02:00"])
+@pytest.mark.parametrize("cut", ["2024-01-10", "2024-01-10T00:00:00", "2024-01-10T12:30:00"])
+def test_a_split_in_time_survives_json(cut, zone):
+    cut += zone if "T" in cut else ""
+    split = TypeAdapter(Split).validate_python({"kind": "time", "column": "t", "validation": cut, "test": "2024-02-01"})
+    back = TypeAdapter(Split).validate_json(split.model_dump_json())
+    hours = [datetime.datetime(2024, 1, 9) + datetime.timedelta(minutes=30 * n) for n in range(100)]
+    assert parts_of(back, pa.array(hours)) == parts_of(split, pa.array(hours))
+    cut_at = datetime.datetime.fromisoformat(cut)
+    cut_at = cut_at.astimezone(UTC).replace(tzinfo=None) if cut_at.tzinfo else cut_at
+    assert parts_of(split, pa.array(hours)) == [int(hour >= cut_at) for hour in hours]
+
+
+@pytest.mark.parametrize(
+    ("column", "cut", "words"),
+    [
+        (["2024-01-10"], 1, "'t' is string, not a time: use a number, a date or a timestamp column"),
+        ([1, None], 1, "'t', row 1 of a batch: no time"),
+        ([1.0, float("nan")], 1, "'t', row 1 of a batch: no time"),
+        ([datetime.datetime(2024, 1, 1), None], datetime.date(2024, 1, 1), "'t', row 1 of a batch: no time"),
+        ([1], datetime.date(2024, 1, 1), "'t' holds numbers, so its cuts must be numbers too"),
+    ],
+)
+def test_a_column_that_is_no_time_is_refused(column, cut, words):
+    with pytest.raises(InputError, match=words):
+        parts_of(TimeSplit(column="t", validation=cut, test=cut), column)
+
+
+def test_a_split_by_a_column_that_is_not_there():
+    for split in (TimeSplit(column="x", validation=1, test=2), RandomSplit(by="x")):
+        with pytest.raises(InputError, match="no column 'x' in the files: it has t"):
+            parts_of(split, [1])
+
+
+@pytest.mark.xfail(strict=True, reason="the order of the cuts is not looked at")
+def test_cuts_in_the_wrong_order_are_refused():
+    with pytest.raises((InputError, ValidationError)):
+        parts_of(TimeSplit(column="t", validation=20, test=10), [5, 15, 25])
+
+
+def test_a_random_split_has_its_sizes():
+    split = RandomSplit(validation=0.2, test=0.3)
+    found = np.bincount(parts_of(split, [0] * 20_000)) / 20_000
+    assert found == pytest.approx([0.5, 0.2, 0.3], abs=0.02)
+    assert parts_of(split, [0] * 100) != parts_of(RandomSplit(validation=0.2, test=0.3, seed=1), [0] * 100)
+
+
+@pytest.mark.parametrize("sizes", [(0.5, 0.5), (0.9, 0.2)])
+def test_a_random_split_leaves_something_to_train_on(sizes):
+    with pytest.raises(ValidationError, match="leave nothing to train on"):
+        RandomSplit(validation=sizes[0], test=sizes[1])
+
+
+@given(st.integers(0, 1000), st.lists(st.integers(0, 40), max_size=5))
+@settings(deadline=None, max_examples=40)
+def test_a_random_split_of_rows_follows_their_numbers(first, cuts):
+    split = RandomSplit()
+    whole = parts_of(split, [0] * 40, first)
+    edges = sorted({0, 40, *cuts})
+    assert [p for a, b in itertools.pairwise(edges) for p in parts_of(split, [0] * (b - a), first + a)] == whole
+
+
+@given(st.lists(st.sampled_from(["a", "b", "c", "d", None]), min_size=1), st.randoms())
+@settings(deadline=None, max_examples=40)
+def test_a_random_split_of_users_follows_the_users(users, random):
+    split = RandomSplit(by="t", validation=0.3, test=0.3)
+    found = dict(zip(users, parts_of(split, pa.array(users, pa.string()))))
+    shuffled = random.sample(users, len(users))
+    column = pa.array(shuffled, pa.string())
+    for again in (column, column.cast(pa.large_string()), column.dictionary_encode()):
+        assert parts_of(split, again, first=random.randrange(100)) == [found[user] for user in shuffled]
+
+
+# -- finding files
+
+
+def test_files_are_found(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    names = ["2.parquet", "10.parquet", "a/b/3.parquet", ".hidden.parquet", "_meta.parquet", "notes.txt"]
+    for name in names:
+        (tmp_path / name).touch()
+    found = [path.relative_to(tmp_path).as_posix() for path in find_parquet(tmp_path)]
+    assert found == ["10.parquet", "2.parquet", "a/b/3.parquet"]
+    assert find_parquet(tmp_path / "2.parquet") == [tmp_path / "2.parquet"]
+    assert find_parquet(f"{tmp_path}/1*.parquet") == [tmp_path / "10.parquet"]
+    for nothing in (tmp_path / "4.parquet", tmp_path / "x*.parquet", tmp_path / "no" / "*.parquet"):
+        with pytest.raises(InputError, match=r"\.parquet: no Parquet file there"):
+            find_parquet(nothing)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty: no Parquet file there"):
+        find_parquet(tmp_path / "empty")
+
+
+# -- reading
+
+
+file_sizes = st.lists(st.integers(0, 45), min_size=1, max_size=4).filter(any)
+
+
+@given(file_sizes, st.integers(1, 30), st.integers(1, 30), st.data())
+@settings(deadline=None, max_examples=30)
+def test_pieces_are_numbered_rows_from_any_start(tmp_path_factory, sizes, row_group, piece_rows, data):
+    files = write(tmp_path_factory.mktemp("log"), *sizes, row_group=row_group)
+    rows = Rows(files, NoSplit())
+    assert rows.num_rows == sum(sizes)
+    order = data.draw(st.permutations(range(len(rows.row_groups))))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reader, "PIECE_ROWS", piece_rows)
+        pieces = list(rows.pieces("train", order=order))
+        start = data.draw(st.integers(0, len(pieces)))
+        assert numbers(rows.pieces("train", order=order, start=start)) == numbers(iter(pieces[start:]))
+    assert [piece.number for piece in pieces] == list(range(len(pieces)))
+    assert all(piece.rows.column("item").to_pylist() == piece.index.tolist() for piece in pieces)
+    assert all(piece.rows.num_rows <= piece_rows for piece in pieces)
+    assert sorted(numbers(iter(pieces))) == list(range(sum(sizes)))
+
+
+@pytest.mark.parametrize(
+    "split", [TimeSplit(column="time", validation=20, test=27), RandomSplit(), RandomSplit(by="user", validation=0.4)]
+)
+def test_the_parts_make_up_the_whole(tmp_path, split):
+    rows = Rows(write(tmp_path, 25, 13), split)
+    found = {part: numbers(rows.pieces(part)) for part in PARTS}
+    assert sorted(flat(found.values())) == list(range(38))
+    assert numbers(rows.whole().pieces("test")) == list(range(38))
+    if isinstance(split, TimeSplit):
+        assert found == {"train": list(range(20)), "validation": list(range(20, 27)), "test": list(range(27, 38))}
+
+
+def test_a_random_split_does_not_depend_on_row_groups(tmp_path):
+    found = []
+    for row_group in (3, 10, 100):
+        folder = tmp_path / str(row_group)
+        folder.mkdir()
+        rows = Rows(write(folder, 25, 13, row_group=row_group), RandomSplit())
+        found.append({part: numbers(rows.pieces(part)) for part in PARTS})
+    assert found[0] == found[1] == found[2]
+
+
+def test_only_wanted_columns_are_read(tmp_path):
+    rows = Rows(write(tmp_path, 25), TimeSplit(column="time", validation=20, test=22))
+    piece = next(rows.pieces("train", ["item"]))
+    assert piece.rows.schema.names == ["item", "time"]
+    with pytest.raises(InputError, match=r"part-0\.parquet: no column 'price'; it has user, item, time, y"):
+        next(rows.pieces("train", ["item", "price"]))
+
+
+def test_a_file_without_a_column_is_named(tmp_path):
+    files = write(tmp_path, 10, 10)
+    pq.write_table(table(10, 10).drop_columns(["item"]), files[1])
+    with pytest.raises(InputError, match=r"part-1\.parquet: no column 'item'"):
+        numbers(Rows(files, NoSplit()).pieces("train", ["item"]))
+
+
+def test_a_bad_split_column_is_named_with_its_file(tmp_path):
+    rows = Rows(write(tmp_path, 10), TimeSplit(column="user", validation=1, test=2))
+    with pytest.raises(InputError, match=r"part-0\.parquet: column 'user' is string"):
+        numbers(rows.pieces("train"))
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def not_parquet(path: Path) -> None:
+    path.write_bytes(b"user,item\n1,2\n" * 100)
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def without_its_head(path: Path) -> None:
+    """The footer is whole, the pages are not where it says."""
+    path.write_bytes(path.read_bytes()[300:])
+
+
+def corrupt_pages(path: Path) -> None:
+    """The footer is whole, the pages are noise."""
+    content = bytearray(path.read_bytes())
+    footer = int.from_bytes(content[-8:-4], "little") + 8
+    content[4:-footer] = bytes(np.random.default_rng(0).integers(0, 256, len(content) - footer - 4, np.uint8))
+    path.write_bytes(bytes(content))
+
+
+BROKEN = [empty, not_parquet, truncated, without_its_head, corrupt_pages]
+
+
+@pytest.mark.parametrize("damage", BROKEN)
+def test_a_broken_file_is_named(tmp_path, damage):
+    files = write(tmp_path, 20, 20, 20)
+    damage(files[1])
+    with pytest.raises(InputError, match=r"part-1\.parquet: not a readable Parquet file .*--skip-bad-shards"):
+        numbers(Rows(files, NoSplit()).pieces("train"))
+
+
+@pytest.mark.parametrize("damage", BROKEN)
+def test_a_broken_file_is_left_out_and_counted(tmp_path, damage):
+    files = write(tmp_path, 20, 20, 20)
+    damage(files[1])
+    rows = Rows(files, NoSplit(), skip_bad_shards=True)
+    found = [row for piece in rows.pieces("train") for row in piece.rows.column("item").to_pylist()]
+    assert found == [*range(20), *range(40, 60)]
+    assert rows.counts == {f"{files[1]}: unreadable, left out": 1}
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_files_without_rows(tmp_path, skip):
+    files = write(tmp_path, 0, 20, 0)
+    assert numbers(Rows(files, NoSplit(), skip_bad_shards=skip).pieces("train")) == list(range(20))
+    with pytest.raises(InputError, match=r"part-0\.parquet.*part-2\.parquet: no rows to read"):
+        Rows([files[0], files[2]], NoSplit(), skip_bad_shards=skip)
+
+
+def test_parts_are_counted_and_must_be_usable(tmp_path):
+    files = write(tmp_path, 25, 15)
+    counts = count_parts(Rows(files, TimeSplit(column="time", validation=20, test=29)), SCHEMA)
+    assert {part: (found.rows, found.positives["y"]) for part, found in counts.items()} == {
+        "train": (20, 10),
+        "validation": (9, 4),
+        "test": (11, 6),
+    }
+    check_parts(counts)
+    for test, words in ((20, "the validation part holds no rows"), (21, "all 1 validation rows are of one class")):
+        with pytest.raises(InputError, match=words):
+            check_parts(count_parts(Rows(files, TimeSplit(column="time", validation=20, test=test)), SCHEMA))
+
+
+# -- loading
+
+
+class Log:
+    """57 rows in two files, pieces of at most 6 rows."""
+
+    def __init__(self, folder: Path):
+        self.files = write(folder, 33, 24)
+        self.rows = Rows(self.files, NoSplit())
+        self.encoder = Encoder.fit(SCHEMA, self.rows.batches("train"))
+
+    def loader(self, part: Part = "train", batch_size: int = 8, split: Any = None, **options: Any) -> Loader:
+        rows = Rows(self.files, split or NoSplit())
+        return Loader(rows, self.encoder, part, batch_size, **{"seed": 0, "window_rows": 20, **options})
+
+
+@pytest.fixture
+def log(tmp_path, monkeypatch) -> Log:
+    monkeypatch.setattr(reader, "PIECE_ROWS", 6)
+    return Log(tmp_path)
+
+
+def indices(batches: Any) -> list[list[int]]:
+    return [batch.index.tolist() for batch in batches]
+
+
+def epoch(loader: Loader, number: int = 0, start: Position | None = None) -> list[tuple[list[int], Position]]:
+    stream = loader.epoch(number) if start is None else loader.epoch(number, start)
+    return [(batch.index.tolist(), position) for batch, position in stream]
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1])
+@pytest.mark.parametrize("window_rows", [1, 20, 1000])
+@pytest.mark.parametrize("batch_size", [1, 8, 100])
+def test_an_epoch_has_every_row_once(log, seed, window_rows, batch_size):
+    found = indices(log.loader(seed=seed, window_rows=window_rows, batch_size=batch_size))
+    assert sorted(flat(found)) == list(range(57))
+    assert all(len(batch) == batch_size for batch in found[:-1]) and 0 < len(found[-1]) <= batch_size
+    if seed is None:
+        assert flat(found) == list(range(57))
+
+
+@pytest.mark.parametrize("split", [RandomSplit(validation=0.3), TimeSplit(column="time", validation=13, test=40)])
+def test_an_epoch_of_a_part_has_its_rows(log, split):
+    for part in PARTS:
+        expected = numbers(Rows(log.files, split).pieces(part))
+        assert sorted(flat(indices(log.loader(part, split=split)))) == expected
+
+
+def test_batches_hold_the_rows_they_name(log):
+    whole = log.encoder.encode(pa.Table.from_batches(log.rows.batches("train")).combine_chunks().to_batches()[0])
+    for batch in log.loader():
+        expected = whole.take(batch.index)
+        assert torch.equal(batch.items.ids, expected.items.ids) and torch.equal(batch.labels, expected.labels)
+        assert torch.equal(batch.users, expected.users)
+        assert torch.equal(batch.user.ids[batch.user_of_row], expected.user.ids[expected.user_of_row])
+
+
+def test_the_same_seed_gives_the_same_batches(log):
+    assert epoch(log.loader()) == epoch(log.loader())
+    assert epoch(log.loader(), 3) == epoch(log.loader(), 3)
+
+
+def test_epochs_and_seeds_differ(log):
+    orders = [epoch(log.loader(), 0), epoch(log.loader(), 1), epoch(log.loader(seed=1), 0)]
+    assert len({tuple(flat(rows for rows, _ in order)) for order in orders}) == 3
+    assert epoch(log.loader(seed=None), 0) == epoch(log.loader(seed=None), 1)
+
+
+def test_a_window_mixes_row_groups(log):
+    first = indices(log.loader(window_rows=20, batch_size=20))[0]
+    groups = [row // 10 if row < 33 else 4 + (row - 33) // 10 for row in first]
+    changes = sum(a != b for a, b in itertools.pairwise(groups))
+    assert changes > len(set(groups)) > 1
+
+
+def test_every_order_of_a_window_is_possible(log):
+    """The row that comes first is any of the rows, over enough seeds."""
+    firsts = {next(iter(log.loader(window_rows=1000, batch_size=1, seed=seed))).index.item() for seed in range(40)}
+    assert len(firsts) > 15
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 7, "window_rows": 1}, {"batch_size": 25}, {"seed": None}])
+@pytest.mark.parametrize("split", [NoSplit(), TimeSplit(column="time", validation=16, test=41), RandomSplit()])
+def test_an_epoch_goes_on_from_any_position(log, options, split):
+    whole = epoch(log.loader(split=split, **options), 2)
+    for done, (_, position) in enumerate(whole, 1):
+        assert epoch(log.loader(split=split, **options), 2, position) == whole[done:]
+    assert epoch(log.loader(split=split, **options), 2, Position()) == whole
+
+
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_ranks_share_out_each_batch(log, world):
+    whole = indices(log.loader(batch_size=9))
+    ranks = [indices(log.loader(batch_size=9, rank=rank, world=world)) for rank in range(world)]
+    for number, batch in enumerate(whole):
+        shares = [rank[number] for rank in ranks]
+        assert sorted(flat(shares)) == sorted(batch)
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    positions = [position for _, position in epoch(log.loader(batch_size=9))]
+    for rank in range(world):
+        assert [position for _, position in epoch(log.loader(batch_size=9, rank=rank, world=world))] == positions
+
+
+def test_loading_without_a_broken_file(log, tmp_path):
+    corrupt_pages(log.files[0])
+    rows = Rows(log.files, NoSplit(), skip_bad_shards=True)
+    loader = Loader(rows, log.encoder, "train", 8, seed=0, window_rows=20)
+    whole = epoch(loader)
+    assert sorted(flat(found for found, _ in whole)) == list(range(33, 57))
+    for done, (_, position) in enumerate(whole, 1):
+        assert epoch(loader, 0, position) == whole[done:]
+
+
+def test_a_bad_label_is_named_by_its_row_in_its_file(log):
+    bad = table(33, 24)
+    labels = [0] * 24
+    labels[17] = 5
+    pq.write_table(bad.set_column(3, "y", pa.array(labels)), log.files[1], row_group_size=10)
+    with pytest.raises(InputError, match=r"part-1\.parquet, row 17: label 'y' is 5"):
+        list(log.loader())
+
+
+# -- the thread that works ahead
+
+
+def started(before: set[threading.Thread]) -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread not in before]
+
+
+def test_items_come_in_order():
+    assert list(ahead(iter(range(100)), 3)) == list(range(100))
+    assert list(ahead([], 1)) == []
+    assert list(ahead([None, 0, ()], 1)) == [None, 0, ()]
+
+
+def test_it_stays_only_a_little_ahead():
+    made: list[int] = []
+    waiting = threading.Event()
+
+    def items() -> Iterator[int]:
+        for number in range(50):
+            made.append(number)
+            if number == 4:  # one is taken, three are held, one waits for a place
+                waiting.set()
+            yield number
+
+    stream = ahead(items(), 3)
+    next(stream)
+    assert waiting.wait(10)
+    assert len(made) <= 5
+    stream.close()
+
+
+def test_the_threads_end_with_the_consumer(log):
+    before = set(threading.enumerate())
+    stream = log.loader(batch_size=1).epoch()
+    next(stream)
+    threads = started(before)
+    assert threads
+    stream.close()
+    for thread in threads:
+        thread.join(10)
+    assert started(before) == []
+
+
+def test_the_threads_end_with_the_epoch(log):
+    before = set(threading.enumerate())
+    stream = log.loader().epoch()
+    next(stream)
+    threads = started(before)
+    assert len(list(stream)) == 7
+    for thread in threads:
+        thread.join(10)
+    assert started(before) == []
+
+
+@pytest.mark.parametrize("error", [InputError("row 3"), OSError("disk"), KeyboardInterrupt()])
+def test_errors_come_out_after_what_was_good(error):
+    def items() -> Iterator[int]:
+        yield 1
+        yield 2
+        raise error
+
+    stream = ahead(items(), 5)
+    assert [next(stream), next(stream)] == [1, 2]
+    with pytest.raises(type(error)):
+        next(stream)
+
+
+def test_batches_without_rows_can_be_joined(log):
+    batch = next(iter(log.loader()))
+    nothing = batch.take(torch.arange(0))
+    assert Batch.cat([nothing, batch, nothing]).index.tolist() == batch.index.tolist()
