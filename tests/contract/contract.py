@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import pydantic
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from scalerec import checkpoint, models
@@ -25,7 +25,8 @@ from scalerec.batch import PADDING, Batch, Outputs
 from scalerec.config import component
 from scalerec.errors import InputError
 from scalerec.features.layout import Layout
-from scalerec.layers.embedding import Embedded, EmbeddedSequence
+from scalerec.inference.export import dense_inputs, export_dense
+from scalerec.layers.embedding import Embedded
 from scalerec.losses import total
 from scalerec.models.base import Model, ModelConfig
 from scalerec.training.optim import OptimizerConfig
@@ -241,6 +242,20 @@ def check_loss_adds_up(make: Maker, world: World) -> None:
             same(added, getattr(whole[task], field), f"the {field} of {task} in two halves", 1e-3)
 
 
+def check_weights(make: Maker, world: World) -> None:
+    """A row of weight 2 counts like the row twice."""
+    model, batch = make.awake(), world.batch
+    rows = torch.arange(0, len(batch), 4)
+    weights = batch.weights.clone()
+    weights[rows] *= 2
+    heavy, long = replace(batch, weights=weights), batch.take(torch.cat([torch.arange(len(batch)), rows]))
+    once, twice = (model.loss(model(some), some) for some in (heavy, long))
+    for task in make.layout.tasks:
+        for field in ("sum", "weight"):
+            found, expected = (getattr(terms[task], field) for terms in (once, twice))
+            same(found, expected, f"the {field} of {task} with double weights", 1e-3)
+
+
 # -- what is kept
 
 
@@ -262,6 +277,9 @@ def check_checkpoint(make: Maker, world: World) -> None:
     batch = kept.encoder.encode(world.rows)
     assert torch.equal(again(batch).logits, model(world.batch).logits), "logits changed on the way"
     assert type(rebuilt) is type(make.config.build(make.layout)), "the checkpoint builds another model"
+    assert all(torch.equal(value, kept.weights[name]) for name, value in rebuilt.state_dict().items()), (
+        "the checkpoint builds a model with other weights"
+    )
 
 
 def check_state_dict(make: Maker, world: World) -> None:
@@ -357,34 +375,18 @@ def check_compiled(make: Maker, world: World) -> None:
 
 
 def check_exported(make: Maker, world: World) -> None:
-    """`torch.export` of the dense part gives the plain logits, for other numbers of users, rows and events too."""
+    """The dense part, exported as one graph, gives the plain logits for any number of users, rows and events."""
     model = make.awake()
-    flat = _Flat(model)
-    example = flat.arguments(world.batch)
-    some = {0: torch.export.Dim.AUTO}
-    events = {**some, 1: torch.export.Dim.AUTO}
-    shapes = (some, some, some, {name: [events, events] for name in example[3]})
+    try:
+        dense = export_dense(model).module()
+    except Exception as error:
+        raise AssertionError(f"not exported: {error}") from error
+    one = world.batch.take(torch.tensor([4]))
     with torch.no_grad():
-        program = torch.export.export(flat, example, dynamic_shapes=shapes, strict=False).module()
-        for batch in (world.batch, world.batch.unshared(), world.batch.take(torch.arange(3, 12))):
-            same(program(*flat.arguments(batch)), model(batch).logits, "exported logits", 1e-4)
-
-
-class _Flat(nn.Module):
-    """The dense part of a model with plain tensors as arguments, as `torch.export` wants them."""
-
-    def __init__(self, model: Model):
-        super().__init__()
-        self.model = model
-
-    def arguments(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, dict[str, list[Tensor]]]:
-        user, items = self.model.embeddings(batch.user, batch.items)
-        pasts = {name: [past.values, past.mask] for name, past in user.sequences.items()}
-        return user.flat, items.flat, batch.user_of_row, pasts
-
-    def forward(self, user: Tensor, items: Tensor, user_of_row: Tensor, pasts: dict[str, list[Tensor]]) -> Tensor:
-        sequences = {name: EmbeddedSequence(*past) for name, past in pasts.items()}
-        return self.model.dense(Embedded(user, sequences), Embedded(items, {}), user_of_row).logits
+        for batch in (world.batch, world.batch.unshared(), without_pasts(world.batch), one):
+            user, items = model.embeddings(batch.user, batch.items)
+            found = dense(*dense_inputs(user, items, batch.user_of_row))
+            same(found, model(batch).logits, "exported logits", 1e-4)
 
 
 SLOW: tuple[Check, ...] = (check_compiled, check_exported)

@@ -120,9 +120,9 @@ def test_a_split_in_time_survives_json(cut, zone):
     ("column", "cut", "words"),
     [
         (["2024-01-10"], 1, "'t' is string, not a time: use a number, a date or a timestamp column"),
-        ([1, None], 1, "'t', row 1 of a batch: no time"),
-        ([1.0, float("nan")], 1, "'t', row 1 of a batch: no time"),
-        ([datetime.datetime(2024, 1, 1), None], datetime.date(2024, 1, 1), "'t', row 1 of a batch: no time"),
+        ([1, None], 1, "'t', row 1 of a piece: no time"),
+        ([1.0, float("nan")], 1, "'t', row 1 of a piece: no time"),
+        ([datetime.datetime(2024, 1, 1), None], datetime.date(2024, 1, 1), "'t', row 1 of a piece: no time"),
         ([1], datetime.date(2024, 1, 1), "'t' holds numbers, so its cuts must be numbers too"),
     ],
 )
@@ -400,6 +400,20 @@ def test_epochs_and_seeds_differ(log):
     assert epoch(log.loader(seed=None), 0) == epoch(log.loader(seed=None), 1)
 
 
+@pytest.mark.parametrize("options", [{"window_rows": 1}, {"window_rows": 1000, "batch_size": 100}])
+def test_windows_and_the_rows_in_them_are_shuffled_anew(log, tmp_path, options):
+    """With small windows row groups are in another order; in one window over one row group only the rows can be."""
+    if options["window_rows"] > 1:
+        pq.write_table(table(0, 57), log.files[0])
+        log.files.pop()
+    orders = {
+        tuple(flat(rows for rows, _ in epoch(log.loader(seed=seed, **options), number)))
+        for seed, number in ((0, 0), (0, 1), (1, 0))
+    }
+    groups = {tuple(row // 10 if row < 33 else 4 for row in order[::6]) for order in orders}
+    assert len(orders) == len(groups) == 3
+
+
 def test_a_window_mixes_row_groups(log):
     first = indices(log.loader(window_rows=20, batch_size=20))[0]
     groups = [row // 10 if row < 33 else 4 + (row - 33) // 10 for row in first]
@@ -461,10 +475,14 @@ def started(before: set[threading.Thread]) -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread not in before]
 
 
-def test_items_come_in_order():
-    assert list(ahead(iter(range(100)), 3)) == list(range(100))
-    assert list(ahead([], 1)) == []
-    assert list(ahead([None, 0, ()], 1)) == [None, 0, ()]
+def stream_of(values: Iterable[Any]) -> Iterator[Any]:
+    yield from values
+
+
+@pytest.mark.parametrize("values", [list(range(100)), [], [None, 0, ()]])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_items_come_in_order(values, depth):
+    assert list(ahead(stream_of(values), depth)) == values
 
 
 def test_it_stays_only_a_little_ahead():

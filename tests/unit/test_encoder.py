@@ -195,7 +195,7 @@ def test_a_hashed_float_is_the_same_beside_a_fraction():
 @settings(deadline=None, max_examples=60)
 def test_buckets_are_cut_at_quantiles(values, buckets, log):
     found = ids(Numeric(name="x", buckets=buckets, log=log), values, values)
-    edges = np.unique(np.quantile(values, np.arange(1, buckets) / buckets, method="inverted_cdf"))
+    edges = np.unique(np.quantile(values, np.linspace(0, 1, buckets + 1)[1:-1], method="inverted_cdf"))
     assert found == [FIRST_ID + int((edges < value).sum()) for value in values]
 
 

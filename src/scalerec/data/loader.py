@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -54,7 +56,7 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         return (batch for batch, _ in self.epoch())
 
-    def _batches(self, epoch: int, start: Position) -> Iterator[tuple[Batch, Position]]:
+    def _batches(self, epoch: int, start: Position) -> Generator[tuple[Batch, Position], None, None]:
         rest: list[Batch] = []
         held, row = 0, start.row
         here = start
@@ -74,7 +76,7 @@ class Loader:
     def _mine(self, batch: Batch) -> Batch:
         return batch if self.world == 1 else batch.take(torch.arange(len(batch))[self.rank :: self.world])
 
-    def _windows(self, epoch: int, start: int) -> Iterator[tuple[int, Batch]]:
+    def _windows(self, epoch: int, start: int) -> Generator[tuple[int, Batch], None, None]:
         """(first piece, shuffled rows) of each window."""
         order = None
         if self.seed is not None:
@@ -102,8 +104,11 @@ class Loader:
         return window.take(torch.from_numpy(order))
 
 
-def ahead(items: Iterable[T], depth: int) -> Iterator[T]:
-    """The same items, made by a thread that stays up to `depth` of them ahead; its errors are raised here."""
+def ahead(items: Generator[T, None, None], depth: int) -> Generator[T, None, None]:
+    """The same items, made by a thread that stays up to `depth` of them ahead; its errors are raised here.
+
+    When the consumer stops early, or Python ends, the thread is waited for: at work during the end it would abort it.
+    """
     ready: queue.Queue = queue.Queue(depth)
     stop = threading.Event()
     done = object()
@@ -119,14 +124,22 @@ def ahead(items: Iterable[T], depth: int) -> Iterator[T]:
 
     def work() -> None:
         try:
-            for item in items:
-                if not put((item, None)):
-                    return
+            with closing(items):
+                for item in items:
+                    if not put((item, None)):
+                        return
             put((done, None))
         except BaseException as error:
             put((done, error))
 
-    threading.Thread(target=work, daemon=True).start()
+    worker = threading.Thread(target=work, daemon=True)
+
+    def end() -> None:
+        stop.set()
+        worker.join()
+
+    atexit.register(end)
+    worker.start()
     try:
         while True:
             item, error = ready.get()
@@ -136,4 +149,5 @@ def ahead(items: Iterable[T], depth: int) -> Iterator[T]:
                 return
             yield item
     finally:
-        stop.set()
+        end()
+        atexit.unregister(end)
