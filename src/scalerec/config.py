@@ -6,6 +6,7 @@ import difflib
 import importlib
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,13 +44,21 @@ def component(value: Any) -> Any:
 
 def component_class(kind: str) -> type[Component]:
     """The configuration class of a kind; ValueError when there is none or it comes from a package not allowed."""
+    if not isinstance(kind, str) or not re.fullmatch(r"\w+|\w+(\.\w+)*:\w+", kind):
+        raise ValueError(f"unknown kind {kind!r}")
     module_name, _, class_name = kind.partition(":")
     if class_name:
         if module_name.partition(".")[0] not in _allowed:
             raise ValueError(
                 f"kind {kind!r} comes from outside scalerec: pass `--allow {module_name.partition('.')[0]}`"
             )
-        return getattr(importlib.import_module(module_name), class_name)
+        try:
+            found = getattr(importlib.import_module(module_name), class_name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"kind {kind!r}: {error}") from None
+        if not (isinstance(found, type) and issubclass(found, Component)):
+            raise ValueError(f"kind {kind!r} is not a configuration class")
+        return found
     for room in _ROOMS:
         if importlib.util.find_spec(f"{room}.{kind}") is not None:
             module = importlib.import_module(f"{room}.{kind}")

@@ -33,6 +33,8 @@ class TimeSplit(Frozen):
         times = times_of(rows, self.column)
         unit = 1.0 if _is_number(rows, self.column) else None
         cuts = [_moment(value, unit, self.column) for value in (self.validation, self.test)]
+        if cuts[0] >= cuts[1]:
+            raise InputError(f"split: test ({self.test}) must begin after validation ({self.validation})")
         return np.searchsorted(np.asarray(cuts), times, side="right").astype(np.int8)
 
 

@@ -83,8 +83,11 @@ class Encoder:
         self.counts["rows"] += rows.num_rows
         n, tasks = rows.num_rows, len(self.schema.tasks)
         index = np.arange(n) if index is None else index
-        user, items = (self._rows(rows, side, where) for side in ("user", "item"))
-        targets, weights = self._targets(rows, where, index - first) if labels else (torch.zeros(n, tasks),) * 2
+        try:
+            user, items = (self._rows(rows, side, index - first) for side in ("user", "item"))
+            targets, weights = self._targets(rows, index - first) if labels else (torch.zeros(n, tasks),) * 2
+        except InputError as error:
+            raise InputError(f"{where}{', ' if str(error).startswith('row ') else ': '}{error}") from None
         representatives, user_of_row = _share(user)
         return Batch(
             user.take(representatives),
@@ -96,27 +99,24 @@ class Encoder:
             torch.from_numpy(index),
         )
 
-    def _rows(self, rows: pa.RecordBatch, side: str, where: str) -> Rows:
+    def _rows(self, rows: pa.RecordBatch, side: str, number: np.ndarray) -> Rows:
         n = rows.num_rows
         ids, values = [], []
         multi: dict[str, Jagged] = {}
         times: dict[str, Jagged] = {}
         for feature in (f for group in self.schema.groups if group.side == side for f in group.features):
             if isinstance(feature, Sequence):
-                multi[feature.name] = self._sequence(feature, rows, where)
+                columns, lengths = _past(feature, rows, number)
+                multi[feature.name] = Jagged.from_lengths(self._past_ids(feature, columns), lengths)
                 if feature.time_column:
-                    flat, lengths = lists(rows.column(feature.time_column), feature.time_column)
-                    keep, lengths = last(lengths, feature.max_len)
-                    stamps, _ = numbers(seconds(flat.take(pa.array(keep))), feature.time_column)
-                    times[feature.name] = Jagged.from_lengths(torch.from_numpy(stamps), torch.from_numpy(lengths))
-                    if not torch.equal(times[feature.name].offsets, multi[feature.name].offsets):
-                        raise InputError(f"{where}: lists {feature.time_column!r} and those of {feature.name!r} differ")
+                    stamps, _ = numbers(seconds(columns[feature.time_column]), feature.time_column)
+                    times[feature.name] = Jagged.from_lengths(torch.from_numpy(stamps), lengths)
             elif isinstance(feature, MultiCategorical):
                 multi[feature.name] = self._multi(feature, rows)
             elif isinstance(feature, Cross):
                 codes = np.zeros(n, np.uint64)
                 for column in feature.of:
-                    codes = mix(codes + hash_column(_normal(rows.column(column))))
+                    codes = mix(codes + hash_column(rows.column(column), column))
                 ids.append((codes % np.uint64(feature.buckets)).astype(np.int64) + 3)
             elif isinstance(feature, Numeric):
                 column = feature.column or feature.name
@@ -166,39 +166,32 @@ class Encoder:
         out[filled] = ids
         return Jagged.from_lengths(torch.from_numpy(out), torch.from_numpy(np.maximum(kept, 1)))
 
-    def _sequence(self, feature: Sequence, rows: pa.RecordBatch, where: str) -> Jagged:
-        fields, kept = [], np.zeros(0, np.int64)
-        for number, field in enumerate(feature.fields):
-            column = feature.column(field)
-            flat, lengths = lists(rows.column(column), column)
-            keep, lengths = last(lengths, feature.max_len)
-            if number and not np.array_equal(lengths, kept):
-                row = int(np.flatnonzero(lengths != kept)[0])
-                other = feature.column(feature.fields[0])
-                raise InputError(f"{where}, row {row}: lists {other!r} and {column!r} differ in length")
-            kept = lengths
+    def _past_ids(self, feature: Sequence, columns: dict[str, pa.Array]) -> torch.Tensor:
+        """Row ids [total, fields] of the events' flat columns."""
+        ids = []
+        for field in feature.fields:
             of = self.schema.feature(field.of)
             assert isinstance(of, Categorical)
-            fields.append(self._vocabulary(of).ids(flat.take(pa.array(keep)), column))
-        return Jagged.from_lengths(torch.from_numpy(np.stack(fields, 1)), torch.from_numpy(kept))
+            ids.append(self._vocabulary(of).ids(columns[feature.column(field)], feature.column(field)))
+        return torch.from_numpy(np.stack(ids, 1))
 
-    def _targets(self, rows: pa.RecordBatch, where: str, number: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    def _targets(self, rows: pa.RecordBatch, number: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         targets, weights = [], []
         for task in self.schema.tasks:
             label, _ = numbers(rows.column(task.column), task.column)
             wrong = np.flatnonzero(~np.isin(label, (0, 1)) & ~np.isnan(label))
             if wrong.size:
                 raise InputError(
-                    f"{where}, row {number[wrong[0]]}: label {task.column!r} is {label[wrong[0]]:g}, must be 0 or 1"
+                    f"row {number[wrong[0]]}: label {task.column!r} is {label[wrong[0]]:g}, must be 0 or 1"
                 )
             weight = np.ones(len(label)) if task.weight is None else numbers(rows.column(task.weight), task.weight)[0]
             if task.mask is not None:
-                weight = weight * (numbers(rows.column(task.mask), task.mask)[0] != 0)
+                weight = weight * (np.nan_to_num(numbers(rows.column(task.mask), task.mask)[0]) != 0)
             absent = np.isnan(label) | np.isnan(weight)
             if absent.any():
                 self.counts[f"{task.column}: no label, row not counted in its task"] += int(absent.sum())
             if (weight < 0).any():
-                raise InputError(f"{where}: weights {task.weight!r} hold negative values")
+                raise InputError(f"weights {task.weight!r} hold negative values")
             targets.append(np.where(absent, 0, label))
             weights.append(np.where(absent, 0, weight))
         return tuple(torch.from_numpy(np.stack(x, 1).astype(np.float32)) for x in (targets, weights))  # type: ignore
@@ -303,11 +296,22 @@ def _collect(
     return counts, statistics
 
 
-def _normal(column: pa.Array) -> pa.Array:
-    """Whole floats hash like the integers they are."""
-    from scalerec.features.vocabulary import keys
-
-    return keys(column, "cross")
+def _past(feature: Sequence, rows: pa.RecordBatch, number: np.ndarray) -> tuple[dict[str, pa.Array], torch.Tensor]:
+    """The flat values of a sequence's list columns, and the one length [n] of their lists after the cut to max_len."""
+    names = [feature.column(field) for field in feature.fields]
+    names += [feature.time_column] if feature.time_column else []
+    columns: dict[str, pa.Array] = {}
+    first: np.ndarray | None = None
+    kept = np.zeros(0, np.int64)
+    for name in names:
+        flat, lengths = lists(rows.column(name), name)
+        first = lengths if first is None else first
+        unequal = np.flatnonzero(lengths != first)
+        if unequal.size:
+            raise InputError(f"row {number[unequal[0]]}: lists {names[0]!r} and {name!r} differ in length")
+        keep, kept = last(lengths, feature.max_len)
+        columns[name] = flat.take(pa.array(keep))
+    return columns, torch.from_numpy(kept)
 
 
 def _share(user: Rows) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,9 @@ import hashlib
 import numpy as np
 import pyarrow as pa
 
-_MISSING = np.uint64(0x6A09E667F3BCC908)
+from scalerec.errors import InputError
+
+NO_VALUE = np.uint64(0x6A09E667F3BCC908)
 
 
 def mix(values: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -24,12 +26,24 @@ def hash_text(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def hash_column(column: pa.Array) -> np.ndarray:
-    """The uint64 code [n] of each value; whole numbers by value whatever their width, anything else by its text."""
+def hash_column(column: pa.Array, name: str = "") -> np.ndarray:
+    """The uint64 code [n] of each value: numbers by value whatever their width, anything else by its text.
+
+    Raises:
+        InputError: the column (called `name`) holds lists or records.
+    """
+    if pa.types.is_nested(column.type):
+        raise InputError(f"column {name!r} is {column.type}: only single values can be hashed")
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     missing = column.is_null().to_numpy(zero_copy_only=False)
-    if pa.types.is_integer(column.type) or pa.types.is_boolean(column.type):
+    if pa.types.is_floating(column.type):
+        numbers = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+        missing = missing | ~np.isfinite(numbers)
+        numbers = np.where(missing, 0.0, numbers)
+        whole = np.floor(numbers) == numbers
+        codes = np.where(whole, mix(numbers.astype(np.int64).view(np.uint64)), mix(numbers.view(np.uint64), 1))
+    elif pa.types.is_integer(column.type) or pa.types.is_boolean(column.type):
         values = column.cast(pa.int64(), safe=False).fill_null(0).to_numpy(zero_copy_only=False)
         codes = mix(values.view(np.uint64))
     else:
@@ -39,4 +53,4 @@ def hash_column(column: pa.Array) -> np.ndarray:
         )
         index = encoded.indices.fill_null(0).to_numpy(zero_copy_only=False)
         codes = texts[index] if len(texts) else np.zeros(len(column), np.uint64)
-    return np.where(missing, _MISSING, codes)
+    return np.where(missing, NO_VALUE, codes)

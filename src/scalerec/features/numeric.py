@@ -57,16 +57,19 @@ class NumericStatistics:
 
     def __init__(self, feature: Numeric):
         self.feature = feature
-        self.count, self.total, self.squares = 0, 0.0, 0.0
-        self._sample, self._priority = np.empty(0), np.empty(0)
+        self.count, self.mean, self.squares = 0, 0.0, 0.0  # squares: summed distances to the mean
+        self._sample, self._priority = np.empty(0, np.float32), np.empty(0)
         self._random = np.random.default_rng(0)
 
     def add(self, values: np.ndarray) -> None:
         values = values[np.isfinite(values)]
         z = transform(values, self.feature.log)
-        self.count, self.total, self.squares = self.count + len(z), self.total + z.sum(), self.squares + (z * z).sum()
+        if len(z):  # merged with what was there (Chan et al.): sums of squares would cancel for large numbers
+            count, shift = self.count + len(z), z.mean() - self.mean
+            self.squares += ((z - z.mean()) ** 2).sum() + shift**2 * self.count * len(z) / count
+            self.count, self.mean = count, self.mean + shift * len(z) / count
         # Keeping the values with the smallest random priorities is a uniform sample of all that were seen.
-        sample = np.concatenate([self._sample, values])
+        sample = np.concatenate([self._sample, _single(values)])
         priority = np.concatenate([self._priority, self._random.random(len(values))])
         keep = np.argpartition(priority, _SAMPLE)[:_SAMPLE] if len(sample) > _SAMPLE else slice(None)
         self._sample, self._priority = sample[keep], priority[keep]
@@ -74,19 +77,28 @@ class NumericStatistics:
     def fit(self) -> NumericFit:
         if not self.count:
             return NumericFit(edges=(), mean=0.0, std=1.0)
-        mean = self.total / self.count
-        std = max(self.squares / self.count - mean * mean, 0.0) ** 0.5
+        std = (self.squares / self.count) ** 0.5
         inner = np.linspace(0, 1, self.feature.buckets + 1)[1:-1]
         edges = np.unique(np.quantile(self._sample, inner, method="inverted_cdf"))
-        return NumericFit(edges=tuple(edges.tolist()), mean=float(mean), std=float(std) or 1.0)
+        std = std if std > 1e-12 * abs(self.mean) else 1.0  # the spread of equal numbers is a rounding error, or 0
+        return NumericFit(edges=tuple(edges.tolist()), mean=float(self.mean), std=float(std))
 
 
 def bucket(values: np.ndarray, fit: NumericFit) -> np.ndarray:
-    """Row ids [n]; the order of the values decides, so no transform is needed before it."""
-    ids = np.searchsorted(np.asarray(fit.edges), values, side="left") + FIRST_ID
+    """Row ids [n]; the order of the values decides, so no transform is needed before it.
+
+    In single precision, so that a number from a float32 file and the same in a float64 request share a bucket.
+    """
+    ids = np.searchsorted(np.asarray(fit.edges, np.float32), _single(values), side="left") + FIRST_ID
     return np.where(np.isnan(values), MISSING, ids)
+
+
+def _single(values: np.ndarray) -> np.ndarray:
+    """In float32, what lies beyond it at its end."""
+    limit = np.finfo(np.float32).max
+    return np.clip(values, -limit, limit).astype(np.float32)
 
 
 def standardise(values: np.ndarray, fit: NumericFit, log: bool) -> np.ndarray:
     """Transformed values [n] with mean 0 and spread 1 on the fitted rows, NaN where missing."""
-    return ((transform(values, log) - fit.mean) / fit.std).astype(np.float32)
+    return _single((transform(values, log) - fit.mean) / fit.std)

@@ -10,7 +10,9 @@ import pyarrow.compute as pc
 
 from scalerec.batch import FIRST_ID, MISSING, UNKNOWN
 from scalerec.errors import InputError
-from scalerec.features.hashing import hash_column
+from scalerec.features.hashing import NO_VALUE, hash_column
+
+_FRACTION = -(2**62) - 1  # stands for every fraction in a column of whole numbers
 
 
 def keys(column: pa.Array, name: str, integer: bool | None = None) -> pa.Array:
@@ -22,8 +24,8 @@ def keys(column: pa.Array, name: str, integer: bool | None = None) -> pa.Array:
         whole = pc.all(pc.equal(column, pc.floor(column))).as_py() in (True, None)
         if integer or (integer is None and whole):
             # A fraction was never in an integer dictionary: send it to a value that is not there either.
-            column = pc.if_else(pc.equal(column, pc.floor(column)), column, pa.scalar(-(2.0**52) - 1, column.type))
-            column = column.cast(pa.int64(), safe=False)
+            whole = pc.equal(column, pc.floor(column))
+            column = pc.if_else(whole, column.cast(pa.int64(), safe=False), pa.scalar(_FRACTION, pa.int64()))
     elif pa.types.is_boolean(column.type) or pa.types.is_unsigned_integer(column.type):
         column = column.cast(pa.int64(), safe=False)
     if pa.types.is_null(column.type):
@@ -94,10 +96,9 @@ class HashVocabulary:
         return FIRST_ID + self.buckets
 
     def ids(self, column: pa.Array, name: str) -> np.ndarray:
-        column = keys(column, name)
-        missing = column.is_null().to_numpy(zero_copy_only=False)
-        hashed = (hash_column(column) % np.uint64(self.buckets)).astype(np.int64) + FIRST_ID
-        return np.where(missing, MISSING, hashed)
+        codes = hash_column(column, name)
+        hashed = (codes % np.uint64(self.buckets)).astype(np.int64) + FIRST_ID
+        return np.where(codes == NO_VALUE, MISSING, hashed)
 
 
 class ValueCounts:
@@ -112,7 +113,8 @@ class ValueCounts:
         if self.integer is None and len(column):
             self.integer = pa.types.is_integer(column.type)
         for entry in pc.value_counts(column).to_pylist():
-            self.counts[entry["values"]] += entry["counts"]
+            if entry["values"] != _FRACTION:
+                self.counts[entry["values"]] += entry["counts"]
 
     def vocabulary(self, min_count: int) -> Vocabulary:
         """The values that occurred at least `min_count` times, in the order of the values."""
