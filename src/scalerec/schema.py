@@ -94,6 +94,11 @@ class Sequence(Frozen):
     def column(self, field: SequenceField) -> str:
         return field.column or f"{self.name}_{field.of}"
 
+    def list_columns(self) -> list[str]:
+        """The columns of the rows that hold it: one per field, then the times where they are kept."""
+        columns = [self.column(field) for field in self.fields]
+        return [*columns, self.time_column] if self.time_column else columns
+
     @property
     def time_column(self) -> str | None:
         return f"{self.name}_time" if self.time else None
@@ -154,8 +159,7 @@ class Schema(Frozen):
             if isinstance(feature, Cross):
                 columns += feature.of
             elif isinstance(feature, Sequence):
-                columns += [feature.column(field) for field in feature.fields]
-                columns += [feature.time_column] if feature.time_column else []
+                columns += feature.list_columns()
             else:
                 columns.append(feature.column or feature.name)
         return list(dict.fromkeys([self.user, *columns]))

@@ -11,6 +11,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from scalerec.cli import main
+from scalerec.data.source import cache_root
 from tests.e2e.conftest import ROWS, shop
 
 
@@ -57,6 +58,24 @@ def test_time_split_keeps_the_future_out(train, log, tmp_path):
     assert train("--data.split", json.dumps(split)) == 0
     rows = pq.read_table(tmp_path / "run/test.parquet")["row"].to_numpy()
     assert (pq.read_table(log)["shown_at"].to_numpy()[rows] >= cut[1]).all() and len(rows) == ROWS // 10
+
+
+def test_histories_are_made_where_the_log_has_none(train, edit, tmp_path):
+    """A sequence in the schema is enough; a row sees the clicks of its user before it."""
+
+    def add_past(schema):
+        past = {"kind": "sequence", "name": "clicked", "fields": [{"of": "item_id"}], "where": "is_click", "max_len": 5}
+        schema["groups"].insert(0, {"name": "past", "side": "user", "features": [past]})
+
+    assert train(schema=edit(add_past)) == 0
+    (prepared,) = (cache_root() / "parquet").rglob("part-*.parquet")
+    rows = pq.read_table(prepared).to_pylist()
+    clicks: dict[int, list[int]] = {}
+    for row in rows:
+        assert row["clicked_item_id"] == clicks.get(row["user_id"], [])[-5:]
+        if row["is_click"]:
+            clicks.setdefault(row["user_id"], []).append(row["item_id"])
+    assert max(len(row["clicked_item_id"]) for row in rows) == 5
 
 
 def test_slices_add_up(train, tmp_path, capsys):

@@ -206,7 +206,7 @@ def test_several_fields_at_once():
     [
         ("step", "steps"),
         ("inner.rat", "inner.rate"),
-        ("model.hiden", "model.hidden"),
+        ("model.hiddens", "model.hidden"),
         ("model.dim.x", "model"),
         ("", ""),
     ],

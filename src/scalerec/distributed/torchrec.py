@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -213,7 +214,7 @@ class _Shards:
                 local.copy_(whole[row : row + rows, column : column + columns])
 
 
-class _Home:
+class _Home(ABC):
     """Tables that TorchRec looks up in one call; to it they are t0, t1, ..., each with one feature of that name."""
 
     def __init__(self, tables: list[Table], whole: nn.Module, sharder: Any, key: str, plan: _Plan):
@@ -235,13 +236,13 @@ class _Home:
         ids = torch.cat([none, *(lookup.ids for group in groups for lookup in group)])
         return ids, [sum(lookup.ids.numel() for lookup in group) for group in groups]
 
+    @abstractmethod
     def ask(self, groups: list[list[Lookup]]) -> Any:
         """Start the lookups of each table."""
-        raise NotImplementedError
 
+    @abstractmethod
     def answer(self, waiting: Any, groups: list[list[Lookup]]) -> list[list[Tensor]]:
         """Their vectors, as `EmbeddingCollection.look_up` returns them."""
-        raise NotImplementedError
 
 
 class _Vectors(_Home):

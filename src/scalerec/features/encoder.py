@@ -298,8 +298,7 @@ def _collect(
 
 def _past(feature: Sequence, rows: pa.RecordBatch, number: np.ndarray) -> tuple[dict[str, pa.Array], torch.Tensor]:
     """The flat values of a sequence's list columns, and the one length [n] of their lists after the cut to max_len."""
-    names = [feature.column(field) for field in feature.fields]
-    names += [feature.time_column] if feature.time_column else []
+    names = feature.list_columns()
     columns: dict[str, pa.Array] = {}
     first: np.ndarray | None = None
     kept = np.zeros(0, np.int64)

@@ -44,7 +44,7 @@ def as_columns(state: State, schema: Schema) -> dict[str, list[Any]]:
     lists: dict[str, list[Any]] = {}
     for sequence in schema.sequences:
         entries = state.get(sequence.name, ())[-sequence.max_len :]
-        for i, column in enumerate(_list_columns(sequence)):
+        for i, column in enumerate(sequence.list_columns()):
             lists[column] = [entry[i] for entry in entries]
     return lists
 
@@ -129,7 +129,7 @@ class _Past:
         first_kept[order.user] = kept_before[order.of_user]
         events[np.repeat(first_kept, held) + np.arange(len(entries))] = np.arange(len(entries))
 
-        past = _Past(_list_columns(sequence), values, events, np.empty_like(begin), np.empty_like(end))
+        past = _Past(sequence.list_columns(), values, events, np.empty_like(begin), np.empty_like(end))
         past.start[order.rows] = np.maximum(begin, end - sequence.max_len)
         past.end[order.rows] = end
         return past
@@ -159,11 +159,6 @@ def _event_columns(sequence: Sequence, schema: Schema) -> list[str]:
             raise InputError(f"schema: sequence {sequence.name!r} keeps times: name the `time` column")
         columns.append(schema.time)
     return columns
-
-
-def _list_columns(sequence: Sequence) -> list[str]:
-    columns = [sequence.column(field) for field in sequence.fields]
-    return [*columns, sequence.time_column] if sequence.time_column else columns
 
 
 def _column(rows: pa.Table, name: str) -> pa.Array:
