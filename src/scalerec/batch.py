@@ -146,7 +146,11 @@ class Batch:
 
     def unshared(self) -> Batch:
         """The same rows with the user side repeated for each of them (U = B)."""
-        return replace(self, user=self.user.take(self.user_of_row), user_of_row=torch.arange(len(self)))
+        return replace(
+            self,
+            user=self.user.take(self.user_of_row),
+            user_of_row=torch.arange(len(self), device=self.user_of_row.device),
+        )
 
     def to(self, device: torch.device | str) -> Batch:
         def move(value: Tensor) -> Tensor:

@@ -44,7 +44,10 @@ class Checkpoint:
 
     def model(self) -> Model:
         """The trained model, in evaluation mode."""
-        model_config = component(self.run["model"])
+        try:
+            model_config = component(self.run["model"])
+        except ValueError as error:
+            raise InputError(f"{self.folder}: {str(error).splitlines()[0]}") from None
         assert isinstance(model_config, ModelConfig)
         model = model_config.build(self.layout)
         model.load_state_dict(self.weights)

@@ -121,11 +121,11 @@ def _run(recipe: str, changes: dict[str, str]) -> Any:
 
 
 def data(options: argparse.Namespace) -> None:
-    from scalerec.data.reader import Rows, count_parts
+    from scalerec.data.reader import ParquetRows, count_parts
 
     run = _run(options.recipe, options.changes)
     prepared = run.data.prepare(_say)
-    parts = count_parts(Rows.of(run.data, prepared), run.data.schema())
+    parts = count_parts(ParquetRows.of(run.data, prepared), run.data.schema())
     found = {
         "files": [str(file) for file in prepared.files],
         "parts": {part: {"rows": counts.rows, "positives": counts.positives} for part, counts in parts.items()},
@@ -144,11 +144,11 @@ def data(options: argparse.Namespace) -> None:
 
 def schema(options: argparse.Namespace) -> None:
     from scalerec.data.infer import infer
-    from scalerec.data.reader import Rows, find_parquet
+    from scalerec.data.reader import ParquetRows, find_parquet
     from scalerec.data.split import NoSplit
 
     if options.action == "infer":
-        found, remarks = infer(Rows(find_parquet(options.source), NoSplit()))
+        found, remarks = infer(ParquetRows(find_parquet(options.source), NoSplit()))
         for remark in remarks:
             _say(remark)
     else:

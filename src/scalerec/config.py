@@ -6,7 +6,9 @@ import difflib
 import importlib
 import importlib.util
 import json
+import os
 import re
+import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,8 +31,13 @@ class Component(Config):
 
 
 def allow(package: str) -> None:
-    """Let configurations name classes of this outside package; nothing from outside is imported without it."""
+    """Let configurations name classes of this outside package; nothing from outside is imported without it.
+
+    The package is also looked for in the current folder, as `python -m` would.
+    """
     _allowed.add(package)
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
 
 
 def component(value: Any) -> Any:

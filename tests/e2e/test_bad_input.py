@@ -132,6 +132,7 @@ def test_resume_without_a_checkpoint_or_with_another_config(train, log, complain
     complaint(train("--resume"), "--resume", "no checkpoint")
     assert train() == 0
     complaint(train(), "already holds a run", "--resume")
+    complaint(train("--resume", "--training.batch_size", "77"), "--training.batch_size 1024, now it is 77")
     (tmp_path / "run/metrics.json").unlink()
     complaint(train("--resume", "--training.batch_size", "77"), "--training.batch_size 1024, now it is 77")
     pq.write_table(shop(rows=3_100), log)

@@ -107,6 +107,24 @@ def test_warm_start_keeps_ids_and_weights(train, tmp_path, capsys):
     assert grown.weights["mlp.layers.0.weight"].equal(old.weights["mlp.layers.0.weight"])
 
 
+def test_a_model_of_ones_own(log, schema_file, tmp_path, capsys, monkeypatch):
+    """The example works as its header says, here on the shop's log; its checkpoint needs the package to be allowed."""
+    monkeypatch.setattr("scalerec.config._allowed", set())
+    data = json.dumps({"kind": "parquet", "path": str(log), "schema_file": str(schema_file)})
+    recipe = "examples.own_model:factorisation_machine_movielens"
+    options = ["--out", str(tmp_path / "fm"), "--quiet", "--training.tensorboard", "false", "--data", data]
+    assert main(["train", recipe, *options]) == 0
+    monkeypatch.setattr("scalerec.config._allowed", set())
+    assert main(["evaluate", str(tmp_path / "fm")]) == 2
+    assert "--allow examples" in capsys.readouterr().err
+    scored = ["predict", str(tmp_path / "fm"), str(log), "--out", str(tmp_path / "scored.parquet")]
+    assert main(scored) == 2
+    assert "--allow examples" in capsys.readouterr().err
+    assert main(["evaluate", str(tmp_path / "fm"), "--allow", "examples", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["test"]["click"]["auc"] > 0.55
+
+
 def test_compare_reports_paired_intervals(train, log, schema_file, tmp_path, capsys):
     data = ["--data.path", str(log), "--data.schema_file", str(schema_file), "--training.tensorboard", "false"]
     names = ["rankmixer_parquet", "dlrm_mlp_parquet"]

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from scalerec.batch import Batch
 from scalerec.data import reader
 from scalerec.data.loader import Loader, Position, ahead
-from scalerec.data.reader import Rows, check_parts, count_parts, find_parquet
+from scalerec.data.reader import ParquetRows, check_parts, count_parts, find_parquet
 from scalerec.data.split import PARTS, NoSplit, Part, RandomSplit, Split, TimeSplit
 from scalerec.errors import InputError
 from scalerec.features.encoder import Encoder
@@ -206,7 +206,7 @@ file_sizes = st.lists(st.integers(0, 45), min_size=1, max_size=4).filter(any)
 @settings(deadline=None, max_examples=30)
 def test_pieces_are_numbered_rows_from_any_start(tmp_path_factory, sizes, row_group, piece_rows, data):
     files = write(tmp_path_factory.mktemp("log"), *sizes, row_group=row_group)
-    rows = Rows(files, NoSplit())
+    rows = ParquetRows(files, NoSplit())
     assert rows.num_rows == sum(sizes)
     order = data.draw(st.permutations(range(len(rows.row_groups))))
     with pytest.MonkeyPatch.context() as patch:
@@ -224,7 +224,7 @@ def test_pieces_are_numbered_rows_from_any_start(tmp_path_factory, sizes, row_gr
     "split", [TimeSplit(column="time", validation=20, test=27), RandomSplit(), RandomSplit(by="user", validation=0.4)]
 )
 def test_the_parts_make_up_the_whole(tmp_path, split):
-    rows = Rows(write(tmp_path, 25, 13), split)
+    rows = ParquetRows(write(tmp_path, 25, 13), split)
     found = {part: numbers(rows.pieces(part)) for part in PARTS}
     assert sorted(flat(found.values())) == list(range(38))
     assert numbers(rows.whole().pieces("test")) == list(range(38))
@@ -237,13 +237,13 @@ def test_a_random_split_does_not_depend_on_row_groups(tmp_path):
     for row_group in (3, 10, 100):
         folder = tmp_path / str(row_group)
         folder.mkdir()
-        rows = Rows(write(folder, 25, 13, row_group=row_group), RandomSplit())
+        rows = ParquetRows(write(folder, 25, 13, row_group=row_group), RandomSplit())
         found.append({part: numbers(rows.pieces(part)) for part in PARTS})
     assert found[0] == found[1] == found[2]
 
 
 def test_only_wanted_columns_are_read(tmp_path):
-    rows = Rows(write(tmp_path, 25), TimeSplit(column="time", validation=20, test=22))
+    rows = ParquetRows(write(tmp_path, 25), TimeSplit(column="time", validation=20, test=22))
     piece = next(rows.pieces("train", ["item"]))
     assert piece.rows.schema.names == ["item", "time"]
     with pytest.raises(InputError, match=r"part-0\.parquet: no column 'price'; it has user, item, time, y"):
@@ -254,11 +254,11 @@ def test_a_file_without_a_column_is_named(tmp_path):
     files = write(tmp_path, 10, 10)
     pq.write_table(table(10, 10).drop_columns(["item"]), files[1])
     with pytest.raises(InputError, match=r"part-1\.parquet: no column 'item'"):
-        numbers(Rows(files, NoSplit()).pieces("train", ["item"]))
+        numbers(ParquetRows(files, NoSplit()).pieces("train", ["item"]))
 
 
 def test_a_bad_split_column_is_named_with_its_file(tmp_path):
-    rows = Rows(write(tmp_path, 10), TimeSplit(column="user", validation=1, test=2))
+    rows = ParquetRows(write(tmp_path, 10), TimeSplit(column="user", validation=1, test=2))
     with pytest.raises(InputError, match=r"part-0\.parquet: column 'user' is string"):
         numbers(rows.pieces("train"))
 
@@ -296,14 +296,14 @@ def test_a_broken_file_is_named(tmp_path, damage):
     files = write(tmp_path, 20, 20, 20)
     damage(files[1])
     with pytest.raises(InputError, match=r"part-1\.parquet: not a readable Parquet file .*--skip-bad-shards"):
-        numbers(Rows(files, NoSplit()).pieces("train"))
+        numbers(ParquetRows(files, NoSplit()).pieces("train"))
 
 
 @pytest.mark.parametrize("damage", BROKEN)
 def test_a_broken_file_is_left_out_and_counted(tmp_path, damage):
     files = write(tmp_path, 20, 20, 20)
     damage(files[1])
-    rows = Rows(files, NoSplit(), skip_bad_shards=True)
+    rows = ParquetRows(files, NoSplit(), skip_bad_shards=True)
     found = [row for piece in rows.pieces("train") for row in piece.rows.column("item").to_pylist()]
     assert found == [*range(20), *range(40, 60)]
     assert rows.counts == {f"{files[1]}: unreadable, left out": 1}
@@ -312,14 +312,14 @@ def test_a_broken_file_is_left_out_and_counted(tmp_path, damage):
 @pytest.mark.parametrize("skip", [False, True])
 def test_files_without_rows(tmp_path, skip):
     files = write(tmp_path, 0, 20, 0)
-    assert numbers(Rows(files, NoSplit(), skip_bad_shards=skip).pieces("train")) == list(range(20))
+    assert numbers(ParquetRows(files, NoSplit(), skip_bad_shards=skip).pieces("train")) == list(range(20))
     with pytest.raises(InputError, match=r"part-0\.parquet.*part-2\.parquet: no rows to read"):
-        Rows([files[0], files[2]], NoSplit(), skip_bad_shards=skip)
+        ParquetRows([files[0], files[2]], NoSplit(), skip_bad_shards=skip)
 
 
 def test_parts_are_counted_and_must_be_usable(tmp_path):
     files = write(tmp_path, 25, 15)
-    counts = count_parts(Rows(files, TimeSplit(column="time", validation=20, test=29)), SCHEMA)
+    counts = count_parts(ParquetRows(files, TimeSplit(column="time", validation=20, test=29)), SCHEMA)
     assert {part: (found.rows, found.positives["y"]) for part, found in counts.items()} == {
         "train": (20, 10),
         "validation": (9, 4),
@@ -328,7 +328,7 @@ def test_parts_are_counted_and_must_be_usable(tmp_path):
     check_parts(counts)
     for test, words in ((19.9, "the validation part holds no rows"), (20.5, "all 1 validation rows are of one class")):
         with pytest.raises(InputError, match=words):
-            check_parts(count_parts(Rows(files, TimeSplit(column="time", validation=19.5, test=test)), SCHEMA))
+            check_parts(count_parts(ParquetRows(files, TimeSplit(column="time", validation=19.5, test=test)), SCHEMA))
 
 
 # -- loading
@@ -339,11 +339,11 @@ class Log:
 
     def __init__(self, folder: Path):
         self.files = write(folder, 33, 24)
-        self.rows = Rows(self.files, NoSplit())
+        self.rows = ParquetRows(self.files, NoSplit())
         self.encoder = Encoder.fit(SCHEMA, self.rows.batches("train"))
 
     def loader(self, part: Part = "train", batch_size: int = 8, split: Any = None, **options: Any) -> Loader:
-        rows = Rows(self.files, split or NoSplit())
+        rows = ParquetRows(self.files, split or NoSplit())
         return Loader(rows, self.encoder, part, batch_size, **{"seed": 0, "window_rows": 20, **options})
 
 
@@ -376,7 +376,7 @@ def test_an_epoch_has_every_row_once(log, seed, window_rows, batch_size):
 @pytest.mark.parametrize("split", [RandomSplit(validation=0.3), TimeSplit(column="time", validation=13, test=40)])
 def test_an_epoch_of_a_part_has_its_rows(log, split):
     for part in PARTS:
-        expected = numbers(Rows(log.files, split).pieces(part))
+        expected = numbers(ParquetRows(log.files, split).pieces(part))
         assert sorted(flat(indices(log.loader(part, split=split)))) == expected
 
 
@@ -458,7 +458,7 @@ def test_ranks_share_out_each_batch(log, world):
 
 def test_loading_without_a_broken_file(log, tmp_path):
     corrupt_pages(log.files[0])
-    rows = Rows(log.files, NoSplit(), skip_bad_shards=True)
+    rows = ParquetRows(log.files, NoSplit(), skip_bad_shards=True)
     loader = Loader(rows, log.encoder, "train", 8, seed=0, window_rows=20)
     whole = epoch(loader)
     assert sorted(flat(found for found, _ in whole)) == list(range(33, 57))

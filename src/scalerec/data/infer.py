@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from scalerec.data.reader import Rows
+from scalerec.data.reader import ParquetRows
 from scalerec.errors import InputError
 from scalerec.schema import Categorical, Feature, Group, MultiCategorical, Numeric, Schema, Task
 
@@ -26,7 +26,7 @@ ITEM = re.compile(r"^(item|iid|video|movie|product|article|doc|ad|post|app|sku|s
 TIME = re.compile(r"time|date|^ts$|_ts$|timestamp|_at$", re.I)
 
 
-def infer(rows: Rows) -> tuple[Schema, list[str]]:
+def infer(rows: ParquetRows) -> tuple[Schema, list[str]]:
     """A schema for the first 200,000 rows, and remarks for the person who will edit it.
 
     Raises:
@@ -68,7 +68,7 @@ def infer(rows: Rows) -> tuple[Schema, list[str]]:
     return Schema(groups=tuple(groups), tasks=tasks, user=user, item=item, time=time), remarks
 
 
-def _sample(rows: Rows) -> pa.Table:
+def _sample(rows: ParquetRows) -> pa.Table:
     pieces, count = [], 0
     for batch in rows.whole().batches("train"):
         pieces.append(batch)

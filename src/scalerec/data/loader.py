@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from scalerec.batch import Batch
-from scalerec.data.reader import Rows
+from scalerec.data.reader import ParquetRows
 from scalerec.data.split import Part
 from scalerec.features.encoder import Encoder
+from scalerec.features.sharing import share
 
 T = TypeVar("T")
 
@@ -39,7 +40,7 @@ class Loader:
     """
 
     def __init__(
-        self, rows: Rows, encoder: Encoder, part: Part, batch_size: int, *, seed: int | None = None,
+        self, rows: ParquetRows, encoder: Encoder, part: Part, batch_size: int, *, seed: int | None = None,
         window_rows: int = 131_072, rank: int = 0, world: int = 1,
     ):  # fmt: skip
         self.rows, self.encoder, self.batch_size = rows, encoder, batch_size
@@ -97,7 +98,7 @@ class Loader:
             yield first, self._shuffled(parts, epoch, first)
 
     def _shuffled(self, parts: list[Batch], epoch: int, first: int) -> Batch:
-        window = Batch.cat(parts)
+        window = share(Batch.cat(parts)) if len(parts) > 1 else parts[0]
         if self.seed is None:
             return window
         order = np.random.default_rng([self.seed, epoch, first]).permutation(len(window))

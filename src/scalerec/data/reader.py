@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ def find_parquet(path: str | Path) -> list[Path]:
     elif path.exists():
         found = [path]
     else:
-        found = sorted(path.parent.glob(path.name)) if path.parent.is_dir() else []
+        found = sorted(map(Path, glob.glob(str(path), recursive=True)))
     if not found:
         raise InputError(f"{path}: no Parquet file there")
     return found
@@ -54,11 +55,11 @@ class Piece(NamedTuple):
     group: RowGroup
 
 
-class Rows:
+class ParquetRows:
     """The rows of a source, part by part; `counts` says what was left out."""
 
     def __init__(self, files: Sequence[Path], split: Split, *, skip_bad_shards: bool = False):
-        self.split = split
+        self.files, self.split = files, split
         self.skip_bad_shards = skip_bad_shards
         self.counts: Counter[str] = Counter()
         self.row_groups: list[RowGroup] = []
@@ -81,19 +82,17 @@ class Rows:
             raise InputError(f"{', '.join(map(str, files))}: no rows to read")
 
     @staticmethod
-    def of(source: Source, prepared: Prepared, *, skip_bad_shards: bool = False) -> Rows:
-        return Rows(prepared.files, source.split, skip_bad_shards=skip_bad_shards)
+    def of(source: Source, prepared: Prepared, *, skip_bad_shards: bool = False) -> ParquetRows:
+        return ParquetRows(prepared.files, source.split, skip_bad_shards=skip_bad_shards)
 
-    def whole(self) -> Rows:
+    def whole(self) -> ParquetRows:
         """The same files without a split."""
-        rows = object.__new__(Rows)
-        rows.__dict__ = {**self.__dict__, "split": NoSplit(), "counts": Counter()}
-        return rows
+        return ParquetRows(self.files, NoSplit(), skip_bad_shards=self.skip_bad_shards)
 
     def pieces(
         self, part: Part, columns: Sequence[str] | None = None, order: Sequence[int] | None = None, start: int = 0
     ) -> Iterator[Piece]:
-        """Rows of a part, row groups in `order`, pieces counted from 0, from `start` on.
+        """ParquetRows of a part, row groups in `order`, pieces counted from 0, from `start` on.
 
         Raises:
             InputError: a file cannot be read (unless bad shards are skipped), a column is not there.
@@ -157,7 +156,7 @@ class PartCounts:
     positives: dict[str, int]  # by task
 
 
-def count_parts(rows: Rows, schema: Schema) -> dict[Part, PartCounts]:
+def count_parts(rows: ParquetRows, schema: Schema) -> dict[Part, PartCounts]:
     """Rows and positive labels of each part, from the label columns alone."""
     found: dict[Part, PartCounts] = {}
     for part in PARTS:

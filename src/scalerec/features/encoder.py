@@ -20,6 +20,7 @@ from scalerec.features.hashing import hash_column, mix
 from scalerec.features.layout import FeatureLayout, GroupLayout, Layout, Table
 from scalerec.features.lists import last, lists
 from scalerec.features.numeric import NumericFit, NumericStatistics, bucket, numbers, seconds, standardise
+from scalerec.features.sharing import share
 from scalerec.features.vocabulary import HashVocabulary, ValueCounts, Vocabulary
 from scalerec.schema import Categorical, Cross, Feature, Frozen, MultiCategorical, Numeric, Schema, Sequence
 
@@ -88,16 +89,8 @@ class Encoder:
             targets, weights = self._targets(rows, index - first) if labels else (torch.zeros(n, tasks),) * 2
         except InputError as error:
             raise InputError(f"{where}{', ' if str(error).startswith('row ') else ': '}{error}") from None
-        representatives, user_of_row = _share(user)
-        return Batch(
-            user.take(representatives),
-            items,
-            user_of_row,
-            targets,
-            weights,
-            torch.from_numpy(hash_column(rows.column(self.schema.user)).view(np.int64)),
-            torch.from_numpy(index),
-        )
+        users = torch.from_numpy(hash_column(rows.column(self.schema.user), self.schema.user).view(np.int64))
+        return share(Batch(user, items, torch.arange(n), targets, weights, users, torch.from_numpy(index)))
 
     def _rows(self, rows: pa.RecordBatch, side: str, number: np.ndarray) -> Rows:
         n = rows.num_rows
@@ -311,30 +304,3 @@ def _past(feature: Sequence, rows: pa.RecordBatch, number: np.ndarray) -> tuple[
         keep, kept = last(lengths, feature.max_len)
         columns[name] = flat.take(pa.array(keep))
     return columns, torch.from_numpy(kept)
-
-
-def _share(user: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows with equal user sides once: their representatives [U], and the representative's number of each row [n]."""
-    code = np.zeros(len(user), np.uint64)
-    with np.errstate(over="ignore"):
-        for j in range(user.ids.shape[1]):
-            code = mix(code + user.ids[:, j].numpy().view(np.uint64))
-        for j in range(user.numbers.shape[1]):
-            code = mix(code + user.numbers[:, j].numpy().view(np.uint32))
-        for jagged in (*user.lists.values(), *user.times.values()):
-            values = jagged.values.contiguous().numpy()
-            values = (values[:, None] if values.ndim == 1 else values).view(np.uint64)
-            lengths = jagged.lengths.numpy()
-            position = np.arange(len(values)) - np.repeat(jagged.offsets[:-1].numpy(), lengths)
-            mixed = mix(position.astype(np.uint64))
-            for j in range(values.shape[1]):
-                mixed = mix(mixed + values[:, j])
-            sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mixed, dtype=np.uint64)])
-            offsets = jagged.offsets.numpy()
-            code = mix(code + sums[offsets[1:]] - sums[offsets[:-1]] + lengths.view(np.uint64))
-    _, first, inverse = np.unique(code, return_index=True, return_inverse=True)
-    # Users in the order of their first row, so that a batch of one row and a larger one agree on who is user 0.
-    order = np.argsort(first)
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    return torch.from_numpy(first[order]), torch.from_numpy(rank[inverse.reshape(-1)])

@@ -36,13 +36,16 @@ def hash_column(column: pa.Array, name: str = "") -> np.ndarray:
         raise InputError(f"column {name!r} is {column.type}: only single values can be hashed")
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
+    if pa.types.is_timestamp(column.type):  # one text per moment, whatever the unit
+        column = column.cast(pa.timestamp("us", column.type.tz), safe=False)
     missing = column.is_null().to_numpy(zero_copy_only=False)
     if pa.types.is_floating(column.type):
         numbers = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
         missing = missing | ~np.isfinite(numbers)
         numbers = np.where(missing, 0.0, numbers)
-        whole = np.floor(numbers) == numbers
-        codes = np.where(whole, mix(numbers.astype(np.int64).view(np.uint64)), mix(numbers.view(np.uint64), 1))
+        whole = (np.floor(numbers) == numbers) & (np.abs(numbers) < 2.0**63)
+        integers = np.where(whole, numbers, 0.0).astype(np.int64)
+        codes = np.where(whole, mix(integers.view(np.uint64)), mix(numbers.view(np.uint64), 1))
     elif pa.types.is_integer(column.type) or pa.types.is_boolean(column.type):
         values = column.cast(pa.int64(), safe=False).fill_null(0).to_numpy(zero_copy_only=False)
         codes = mix(values.view(np.uint64))

@@ -19,6 +19,8 @@ def keys(column: pa.Array, name: str, integer: bool | None = None) -> pa.Array:
     """A column as int64 or text keys, NaN as null; `integer` is the kind seen in fitting (None: decide now)."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
+    if pa.types.is_timestamp(column.type):  # one text per moment, whatever the unit
+        column = column.cast(pa.timestamp("us", column.type.tz), safe=False)
     if pa.types.is_floating(column.type):
         column = pc.if_else(pc.is_finite(column), column, pa.scalar(None, column.type))
         whole = pc.all(pc.equal(column, pc.floor(column))).as_py() in (True, None)

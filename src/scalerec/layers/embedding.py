@@ -155,6 +155,7 @@ class EmbeddingCollection(nn.Module):
                 errors.append(f"table {name!r}: {tuple(value.shape)} in the checkpoint, {tuple(weight.shape)} here")
             else:
                 weight.copy_(value)
+        unexpected += [key for key in state_dict if key.startswith(f"{prefix}tables.")]
 
 
 class _LinearNumbers(nn.Module):

@@ -15,13 +15,13 @@ import numpy as np
 from rich.console import Console
 
 from scalerec import checkpoint, evaluate, metrics
-from scalerec.config import override, parse
-from scalerec.data.reader import Rows
+from scalerec.config import override
+from scalerec.data.reader import ParquetRows
 from scalerec.errors import InputError
 from scalerec.evaluate import Predictions
 from scalerec.studies import reference, report
 from scalerec.training.run import Run
-from scalerec.training.train import train
+from scalerec.training.train import check_same, train
 
 METRICS: tuple[metrics.Metric, ...] = ("auc", "uauc", "ne")
 
@@ -84,9 +84,7 @@ def _train(run: Run, seed: int, folder: Path, workers: int, console: Console) ->
     """Train one run unless it is finished; a cut one is resumed, another run in its place is an error."""
     run = override(run, {"training.seed": str(seed)})
     if (folder / "metrics.json").exists():
-        kept = parse(Run, checkpoint.load(folder).run, str(folder))
-        if kept != run:
-            raise InputError(f"{folder} holds a run with other options: use another --out")
+        check_same(checkpoint.load(folder), run, folder)
         return
     resume = bool(checkpoint.saved(folder))
     if not resume and folder.exists():
@@ -164,7 +162,7 @@ def _best_reachable(run: Run, test: Predictions, tasks: list[str]) -> dict[str, 
     columns = run.data.best_scores()
     if not columns:
         return {}
-    rows = Rows.of(run.data, run.data.prepare())
+    rows = ParquetRows.of(run.data, run.data.prepare())
     batches = list(rows.batches("test", list(columns.values())))
     scores = {t: np.concatenate([b.column(c).to_numpy() for b in batches]) for t, c in columns.items()}
     return {t: metrics.table(test.users, test.labels[:, j], scores[t]) for j, t in enumerate(tasks)}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from scalerec.batch import Batch
-from scalerec.data.reader import Rows
+from scalerec.data.reader import ParquetRows
 from scalerec.features.encoder import Encoder
 from scalerec.models.base import Model
 from scalerec.training.run import Run
@@ -17,7 +17,7 @@ ROWS = 512  # the batch of the paper's FLOPs column
 
 def describe(run: Run) -> dict[str, Any]:
     """Figures of a run's model on its data, for a batch of 512 rows; nothing of the model is allocated."""
-    rows = Rows.of(run.data, run.data.prepare())
+    rows = ParquetRows.of(run.data, run.data.prepare())
     schema = run.data.schema()
     schema = schema.model_copy(update={"dim": run.dim}) if run.dim else schema
     encoder = Encoder.fit(schema, rows.batches("train", schema.input_columns()))

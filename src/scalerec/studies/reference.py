@@ -11,7 +11,7 @@ import torch
 
 from scalerec import evaluate
 from scalerec.batch import Batch
-from scalerec.data.reader import Rows
+from scalerec.data.reader import ParquetRows
 from scalerec.data.split import PARTS, Part
 from scalerec.errors import InputError
 from scalerec.features.encoder import Encoder
@@ -51,7 +51,7 @@ def train(run: Run, out: Path, seed: int) -> dict[str, Any]:
     except ImportError:
         raise InputError("the reference needs LightGBM: pip install 'scalerec[lightgbm]'") from None
     began = time.monotonic()
-    rows = Rows.of(run.data, run.data.prepare(), skip_bad_shards=run.skip_bad_shards)
+    rows = ParquetRows.of(run.data, run.data.prepare(), skip_bad_shards=run.skip_bad_shards)
     schema = run.data.schema()
     encoder = Encoder.fit(schema, rows.batches("train", schema.input_columns()))
     tables = {part: _table(rows, encoder, part) for part in PARTS}
@@ -83,7 +83,7 @@ def train(run: Run, out: Path, seed: int) -> dict[str, Any]:
     return {**found, **{part: evaluate.tables(values, tasks) for part, values in predictions.items()}}
 
 
-def _table(rows: Rows, encoder: Encoder, part: Part) -> Table:
+def _table(rows: ParquetRows, encoder: Encoder, part: Part) -> Table:
     pieces = [piece for piece in rows.pieces(part) if piece.rows.num_rows]
     batches = [encoder.encode(piece.rows, index=piece.index, where=str(piece.group.file)) for piece in pieces]
     features = [_features(batch, encoder, piece.rows) for batch, piece in zip(batches, pieces)]

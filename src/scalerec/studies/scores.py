@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import torch
 
 from scalerec import checkpoint
-from scalerec.data.reader import Rows, find_parquet
+from scalerec.data.reader import ParquetRows, find_parquet
 from scalerec.data.split import NoSplit
 from scalerec.errors import InputError
 
@@ -27,7 +27,7 @@ def score_files(folder: Path, source: str, out: Path, *, skip_bad_shards: bool =
         InputError: no checkpoint, no files, columns missing, a column of that name already there.
     """
     saved = checkpoint.load(folder)
-    rows = Rows(find_parquet(source), NoSplit(), skip_bad_shards=skip_bad_shards)
+    rows = ParquetRows(find_parquet(source), NoSplit(), skip_bad_shards=skip_bad_shards)
     names = [f"score_{task}" for task in saved.layout.tasks]
     clash = [name for name in names if name in rows.columns]
     if clash:
@@ -53,7 +53,7 @@ def score_files(folder: Path, source: str, out: Path, *, skip_bad_shards: bool =
     return {"rows": count, "out": str(out), "counts": {k: v for k, v in counts.items() if k != "rows"}}
 
 
-def _scored(saved: checkpoint.Checkpoint, rows: Rows, names: list[str]) -> Iterator[pa.RecordBatch]:
+def _scored(saved: checkpoint.Checkpoint, rows: ParquetRows, names: list[str]) -> Iterator[pa.RecordBatch]:
     model = saved.model()
     for piece in rows.pieces("train"):
         if not piece.rows.num_rows:

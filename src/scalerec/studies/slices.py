@@ -11,7 +11,7 @@ from scalerec import checkpoint, metrics
 from scalerec.batch import UNKNOWN
 from scalerec.config import override, parse
 from scalerec.data.loader import Loader
-from scalerec.data.reader import Rows, find_parquet
+from scalerec.data.reader import ParquetRows, find_parquet
 from scalerec.data.split import NoSplit, Part
 from scalerec.errors import InputError
 from scalerec.evaluate import Predictions
@@ -37,9 +37,9 @@ def evaluate_run(
     saved = checkpoint.load(folder)
     run = override(parse(Run, saved.run, str(folder)), changes or {})
     if data:
-        rows, part = Rows(find_parquet(data), NoSplit()), "train"
+        rows, part = ParquetRows(find_parquet(data), NoSplit()), "train"
     else:
-        rows = Rows.of(run.data, run.data.prepare(), skip_bad_shards=run.skip_bad_shards)
+        rows = ParquetRows.of(run.data, run.data.prepare(), skip_bad_shards=run.skip_bad_shards)
     predictions = predict_batches(saved.model(), Loader(rows, saved.encoder, part, 4096))
     if keep_rate != 1.0:
         corrected = metrics.recalibrate(predictions.probabilities, keep_rate).astype(np.float32)
@@ -72,7 +72,7 @@ def _intervals(predictions: Predictions, j: int) -> dict[str, float]:
     return found
 
 
-def _values(rows: Rows, part: Part, by: str, encoder: Encoder, predictions: Predictions) -> np.ndarray:
+def _values(rows: ParquetRows, part: Part, by: str, encoder: Encoder, predictions: Predictions) -> np.ndarray:
     """The slice [n] of each scored row, as text."""
     schema = encoder.schema
     cold = {"cold_user": schema.user, "cold_item": schema.item}

@@ -15,9 +15,9 @@ from torch import nn
 
 from scalerec import checkpoint, evaluate
 from scalerec.batch import Batch
-from scalerec.config import paths
+from scalerec.config import parse, paths
 from scalerec.data.loader import Loader, Position
-from scalerec.data.reader import Rows, check_parts, count_parts
+from scalerec.data.reader import ParquetRows, check_parts, count_parts
 from scalerec.data.split import Part
 from scalerec.errors import InputError
 from scalerec.features.encoder import Encoder
@@ -67,7 +67,7 @@ class Training:
         earlier = self._earlier(resume, threads)
 
         prepared = run.data.prepare(log.say)
-        self.rows = Rows.of(run.data, prepared, skip_bad_shards=run.skip_bad_shards)
+        self.rows = ParquetRows.of(run.data, prepared, skip_bad_shards=run.skip_bad_shards)
         schema = run.data.schema()
         schema = schema.model_copy(update={"dim": run.dim}) if run.dim else schema
         if earlier is not None:
@@ -116,13 +116,7 @@ class Training:
         if not found:
             raise InputError(f"--resume: no checkpoint in {self.out}; start the run without --resume")
         earlier = checkpoint.load(found[-1])
-        before = paths(Run.model_validate(earlier.run))
-        for path, value in paths(self.run).items():
-            if before.get(path) != value:
-                raise InputError(
-                    f"--resume: {self.out} was started with --{path} {before.get(path)}, now it is {value}: use the "
-                    "same options or another --out"
-                )
+        check_same(earlier, self.run, self.out)
         used = earlier.training_state()[1]["threads"]
         if used != threads:
             raise InputError(
@@ -258,6 +252,17 @@ class Training:
             checkpoint.write_atomically(self.out / "best.json", json.dumps(best))
 
 
+def check_same(earlier: checkpoint.Checkpoint, run: Run, out: Path) -> None:
+    """InputError naming the first option in which `run` differs from the one that was kept in `out`."""
+    before = paths(parse(Run, earlier.run, str(earlier.folder)))
+    for path, value in paths(run).items():
+        if before.get(path) != value:
+            raise InputError(
+                f"{out} was started with --{path} {before.get(path)}, now it is {value}: use the same options or "
+                "another --out"
+            )
+
+
 def train(run: Run, out: Path, *, resume: bool = False, warm_start: Path | None = None, quiet: bool = False) -> dict:
     """Train `run` into `out` and measure its best checkpoint on the validation and test rows.
 
@@ -269,6 +274,7 @@ def train(run: Run, out: Path, *, resume: bool = False, warm_start: Path | None 
     """
     done = out / "metrics.json"
     if resume and done.exists():
+        check_same(checkpoint.load(out), run, out)
         return json.loads(done.read_text())
     with Log(out, quiet=quiet, tensorboard=run.training.tensorboard) as log:
         training = Training(run, out, resume=resume, warm_start=warm_start, log=log)
