@@ -44,7 +44,7 @@ endif
 	@touch $@
 
 demo: .venv/base
-	$(BIN)/scalerec compare rankmixer_movielens_100k dcnv2_movielens_100k dlrm_mlp_movielens_100k --seeds 2 --out runs/demo
+	$(BIN)/scalerec compare rankmixer_movielens_100k dcnv2_movielens_100k dlrm_mlp_movielens_100k --seeds 2 --workers 2 --out runs/demo
 
 # One thread a process: with more, the processes fight for the cores.
 test: .venv/dev

@@ -1,4 +1,7 @@
-"""MovieLens ratings as ranking: like (rating >= 4) and dislike (rating <= 2), cut in time. Small; a demonstration."""
+"""MovieLens ratings as ranking: like (rating >= 4) and dislike (rating <= 2), cut in time. Small; a demonstration.
+
+All models have 0.28 M dense parameters.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,18 @@ from scalerec.training.run import Run, TrainingConfig
 
 
 def _run(name: str, model: ModelConfig) -> Run:
-    training = TrainingConfig(epochs=2, batch_size=512, patience=1, optimizer=OptimizerConfig(embedding_lr=0.02))
+    optimizer = OptimizerConfig(dense="adamw", lr=1e-3, embedding_lr=0.02)
+    training = TrainingConfig(epochs=2, batch_size=512, patience=1, optimizer=optimizer)
     return Run(name=f"{name}_movielens_100k", data=MovieLens100K(), model=model, training=training)
 
 
 def rankmixer_movielens_100k() -> Run:
-    return _run("rankmixer", RankMixerConfig(dim=64, num_tokens=8, ffn_dim=128))
+    return _run("rankmixer", RankMixerConfig(dim=64, num_tokens=8, ffn_dim=96, head="linear"))
 
 
 def dcnv2_movielens_100k() -> Run:
-    return _run("dcnv2", DCNv2Config(crosses=2, rank=128, hidden=(256, 128)))
+    return _run("dcnv2", DCNv2Config(crosses=2, rank=48, hidden=(208, 128)))
 
 
 def dlrm_mlp_movielens_100k() -> Run:
-    return _run("dlrm_mlp", DLRMMLPConfig(hidden=(256, 128)))
+    return _run("dlrm_mlp", DLRMMLPConfig(hidden=(288, 192, 128)))

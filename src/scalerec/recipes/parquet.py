@@ -12,7 +12,9 @@ from scalerec.training.run import Run, TrainingConfig
 
 
 def _run(name: str, model: ModelConfig) -> Run:
-    training = TrainingConfig(epochs=2, batch_size=1024, patience=1, optimizer=OptimizerConfig(embedding_lr=0.02))
+    training = TrainingConfig(
+        epochs=2, batch_size=1024, patience=1, optimizer=OptimizerConfig(dense="adamw", embedding_lr=0.02)
+    )
     return Run(name=f"{name}_parquet", data=Parquet(), model=model, training=training)
 
 
