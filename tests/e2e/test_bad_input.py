@@ -109,7 +109,7 @@ def test_width_that_the_tokens_do_not_divide(train, complaint):
 
 
 def test_unknown_override_names_the_nearest(train, complaint):
-    complaint(train("--model.hiden", "[8]"), "--model.hiden", "did you mean --model.hidden?")
+    complaint(train("--model.hiddenn", "[8]"), "--model.hiddenn", "did you mean --model.hidden?")
 
 
 def test_value_of_the_wrong_type(train, complaint):
