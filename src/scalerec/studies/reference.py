@@ -21,11 +21,11 @@ from scalerec.training.run import Run
 
 LARGE = 1000  # a vocabulary beyond it is given as ordered codes: splits over sets of so many values overfit
 PARAMETERS = {
-    "objective": "binary", "metric": "auc", "learning_rate": 0.1, "num_leaves": 63, "min_data_in_leaf": 50,
+    "objective": "binary", "metric": "auc", "learning_rate": 0.05, "num_leaves": 63, "min_data_in_leaf": 50,
     "feature_fraction": 0.7, "bagging_fraction": 0.8, "bagging_freq": 1, "cat_smooth": 20.0, "verbosity": -1,
     "deterministic": True,
 }  # fmt: skip
-MOST_TREES, PATIENCE = 1000, 30
+MOST_TREES, PATIENCE = 1000, 50
 
 
 class Table(NamedTuple):
