@@ -59,12 +59,12 @@ class Training:
         self.run, self.out, self.log = run, out, log
         self.config = run.training
         threads = self.config.threads or torch.get_num_threads()
+        earlier = self._earlier(resume, threads)
         torch.set_num_threads(threads)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.type == "cpu":  # or two threads add up a gradient in whichever order they come
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        earlier = self._earlier(resume, threads)
 
         prepared = run.data.prepare(log.say)
         self.rows = ParquetRows.of(run.data, prepared, skip_bad_shards=run.skip_bad_shards)
