@@ -46,7 +46,8 @@ class Loader:
         self.rows, self.encoder, self.batch_size = rows, encoder, batch_size
         self.part: Part = part
         self.seed = seed  # None: the order of the files
-        self.window_rows, self.rank, self.world = window_rows, rank, world
+        self.window_rows = window_rows if seed is not None else 1  # nothing to shuffle: no window to hold
+        self.rank, self.world = rank, world
         columns = [*encoder.schema.input_columns(), *encoder.schema.label_columns()]
         self.columns = list(dict.fromkeys(columns))
 

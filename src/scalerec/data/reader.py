@@ -18,7 +18,7 @@ from scalerec.data.split import PARTS, NoSplit, Part, Split
 from scalerec.errors import InputError
 from scalerec.schema import Schema
 
-PIECE_ROWS = 65_536
+PIECE_ROWS = 16_384
 
 
 def find_parquet(path: str | Path) -> list[Path]:
