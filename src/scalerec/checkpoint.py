@@ -53,8 +53,13 @@ class Checkpoint:
         model.load_state_dict(self.weights)
         return model.eval()
 
-    def training_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return load_file(self.folder / "state.safetensors"), json.loads((self.folder / "state.json").read_text())
+    def state(self) -> dict[str, Any]:
+        """Where the training stood."""
+        return json.loads((self.folder / "state.json").read_text())
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The state of optimisers and random generators, as large as the weights or larger."""
+        return load_file(self.folder / "state.safetensors")
 
 
 def save(

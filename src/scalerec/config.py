@@ -99,31 +99,22 @@ def parse(cls: type[ConfigT], value: Any, where: str) -> ConfigT:
         raise InputError(f"{where}: {path + ': ' if path else ''}{message}{more}") from None
 
 
-def paths(config: BaseModel, prefix: str = "") -> dict[str, Any]:
-    """Every field of a configuration that can be overridden, by its path."""
+def paths(config: BaseModel, prefix: str = "", *, branches: bool = False) -> dict[str, Any]:
+    """Every field of a configuration by its path; with `branches` also the nested configurations as wholes."""
     found: dict[str, Any] = {}
     for name in type(config).model_fields:
         value = getattr(config, name)
         if isinstance(value, BaseModel):
-            found |= paths(value, f"{prefix}{name}.")
+            found |= {prefix + name: value} if branches else {}
+            found |= paths(value, f"{prefix}{name}.", branches=branches)
         elif not (name == "kind" and isinstance(config, Component)):
             found[prefix + name] = value
     return found
 
 
-def _branches(config: BaseModel, prefix: str = "") -> dict[str, Any]:
-    """The nested configurations, which can be replaced as a whole by JSON."""
-    found: dict[str, Any] = {}
-    for name in type(config).model_fields:
-        value = getattr(config, name)
-        if isinstance(value, BaseModel):
-            found |= {prefix + name: value, **_branches(value, f"{prefix}{name}.")}
-    return found
-
-
 def override(config: ConfigT, changes: dict[str, str]) -> ConfigT:
     """A copy with fields replaced by path ("model.dim" -> "256"); InputError names the nearest path that exists."""
-    known = paths(config) | _branches(config)
+    known = paths(config, branches=True)
     tree = config.model_dump(mode="json")
     for path, text in changes.items():
         if path not in known:

@@ -170,7 +170,7 @@ def sharded(folder, encoder, batches, embedding, sharding, start=None, **broken)
     if start:
         earlier = checkpoint.load(start)
         model.load_state_dict(earlier.weights)
-        tensors, _ = earlier.training_state()
+        tensors = earlier.state_tensors()
         load_state_tensors(optimizers, {name: value for name, value in tensors.items() if name != "predictions"})
         batches = batches[FIRST:]
     losses = train(model, optimizers, batches, **broken)

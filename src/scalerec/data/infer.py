@@ -70,7 +70,7 @@ def infer(rows: ParquetRows) -> tuple[Schema, list[str]]:
 
 def _sample(rows: ParquetRows) -> pa.Table:
     pieces, count = [], 0
-    for batch in rows.whole().batches("train"):
+    for batch in rows.batches("train"):
         pieces.append(batch)
         count += batch.num_rows
         if count >= SAMPLE:

@@ -59,7 +59,7 @@ class ParquetRows:
     """The rows of a source, part by part; `counts` says what was left out."""
 
     def __init__(self, files: Sequence[Path], split: Split, *, skip_bad_shards: bool = False):
-        self.files, self.split = files, split
+        self.split = split
         self.skip_bad_shards = skip_bad_shards
         self.counts: Counter[str] = Counter()
         self.row_groups: list[RowGroup] = []
@@ -84,10 +84,6 @@ class ParquetRows:
     @staticmethod
     def of(source: Source, prepared: Prepared, *, skip_bad_shards: bool = False) -> ParquetRows:
         return ParquetRows(prepared.files, source.split, skip_bad_shards=skip_bad_shards)
-
-    def whole(self) -> ParquetRows:
-        """The same files without a split."""
-        return ParquetRows(self.files, NoSplit(), skip_bad_shards=self.skip_bad_shards)
 
     def pieces(
         self, part: Part, columns: Sequence[str] | None = None, order: Sequence[int] | None = None, start: int = 0

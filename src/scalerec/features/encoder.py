@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from functools import cached_property
@@ -14,7 +13,7 @@ import pyarrow.parquet as pq
 import torch
 
 from scalerec import config
-from scalerec.batch import MISSING, UNKNOWN, Batch, Jagged, Rows
+from scalerec.batch import FIRST_ID, MISSING, UNKNOWN, Batch, Jagged, Rows
 from scalerec.errors import InputError
 from scalerec.features.hashing import hash_column, mix
 from scalerec.features.layout import FeatureLayout, GroupLayout, Layout, Table
@@ -110,7 +109,7 @@ class Encoder:
                 codes = np.zeros(n, np.uint64)
                 for column in feature.of:
                     codes = mix(codes + hash_column(rows.column(column), column))
-                ids.append((codes % np.uint64(feature.buckets)).astype(np.int64) + 3)
+                ids.append((codes % np.uint64(feature.buckets)).astype(np.int64) + FIRST_ID)
             elif isinstance(feature, Numeric):
                 column = feature.column or feature.name
                 raw, repaired = numbers(rows.column(column), column)
@@ -216,7 +215,7 @@ class Encoder:
         if isinstance(feature, (Categorical, MultiCategorical)):
             rows = self._vocabulary(feature).rows
         else:
-            rows = 3 + feature.buckets
+            rows = FIRST_ID + feature.buckets
         tables[feature.name] = Table(name=feature.name, rows=rows, dim=dim)
         if isinstance(feature, MultiCategorical):
             return FeatureLayout(
@@ -252,9 +251,6 @@ class Encoder:
             and self.vocabularies.keys() == other.vocabularies.keys()
             and all(v.values.equals(other.vocabularies[k].values) for k, v in self.vocabularies.items())
         )
-
-    def describe_schema(self) -> str:
-        return json.dumps(self.schema.model_dump(mode="json"), indent=2)
 
 
 def _collect(

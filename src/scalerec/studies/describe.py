@@ -18,8 +18,7 @@ ROWS = 512  # the batch of the paper's FLOPs column
 def describe(run: Run) -> dict[str, Any]:
     """Figures of a run's model on its data, for a batch of 512 rows; nothing of the model is allocated."""
     rows = ParquetRows.of(run.data, run.data.prepare())
-    schema = run.data.schema()
-    schema = schema.model_copy(update={"dim": run.dim}) if run.dim else schema
+    schema = run.schema()
     encoder = Encoder.fit(schema, rows.batches("train", schema.input_columns()))
     batch = encoder.encode(next(b for b in rows.batches("train") if b.num_rows).slice(0, ROWS))
     with torch.device("meta"):

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, Serial
 from scalerec.config import Config, component
 from scalerec.data.source import Source
 from scalerec.models.base import ModelConfig
+from scalerec.schema import Schema
 from scalerec.training.optim import OptimizerConfig
 
 
@@ -37,3 +38,8 @@ class Run(Config):
     training: TrainingConfig = TrainingConfig()
     skip_bad_shards: bool = False
     dim: Annotated[int, Field(ge=0)] = 0  # width of embeddings; 0: as the schema says
+
+    def schema(self) -> Schema:
+        """The data's schema with this run's width of embeddings."""
+        schema = self.data.schema()
+        return schema.model_copy(update={"dim": self.dim}) if self.dim else schema

@@ -68,8 +68,7 @@ class Training:
 
         prepared = run.data.prepare(log.say)
         self.rows = ParquetRows.of(run.data, prepared, skip_bad_shards=run.skip_bad_shards)
-        schema = run.data.schema()
-        schema = schema.model_copy(update={"dim": run.dim}) if run.dim else schema
+        schema = run.schema()
         if earlier is not None:
             self._same_data(earlier, schema)
         self.parts = count_parts(self.rows, schema)
@@ -117,7 +116,7 @@ class Training:
             raise InputError(f"--resume: no checkpoint in {self.out}; start the run without --resume")
         earlier = checkpoint.load(found[-1])
         check_same(earlier, self.run, self.out)
-        used = earlier.training_state()[1]["threads"]
+        used = earlier.state()["threads"]
         if used != threads:
             raise InputError(
                 f"--resume: {self.out} was trained with {used} threads, now there are {threads}, which changes the "
@@ -128,7 +127,7 @@ class Training:
     def _same_data(self, earlier: checkpoint.Checkpoint, schema: Schema) -> None:
         if earlier.encoder.schema != schema:
             raise InputError(f"--resume: the schema has changed since {self.out} was started; use another --out")
-        before = earlier.training_state()[1]["rows"]
+        before = earlier.state()["rows"]
         if before != self.rows.num_rows:
             raise InputError(
                 f"--resume: the files held {before:,} rows when {self.out} was started and hold {self.rows.num_rows:,} "
@@ -137,7 +136,7 @@ class Training:
 
     def _restore(self, earlier: checkpoint.Checkpoint) -> None:
         self.model.load_state_dict(earlier.weights)
-        tensors, state = earlier.training_state()
+        tensors, state = earlier.state_tensors(), earlier.state()
         torch.set_rng_state(tensors.pop("random"))
         load_state_tensors(self.optimizers, tensors)
         self.state = State(**{**state, "position": Position(*state["position"])})
