@@ -6,7 +6,7 @@ U users   B rows   F ids a row   K numbers a row   n either of U and B
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -67,7 +67,9 @@ class Rows:
     ids: Tensor  # [n, F] one id per feature, set by the encoder
     numbers: Tensor  # [n, K] float32 standardised, NaN where missing, for linear numeric features
     lists: dict[str, Jagged]  # multi-valued features: values [total]; sequences: values [total, fields]
-    times: dict[str, Jagged]  # sequences that keep times: values [total] seconds
+    times: dict[str, Jagged]  # sequences that keep times: values [total] float64 seconds
+    actions: dict[str, Jagged] = field(default_factory=dict)  # sequences that keep labels: [total, labels], NaN unknown
+    now: Tensor | None = None  # [n] float64 seconds, when the rows were asked for; where a sequence keeps times
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -79,6 +81,8 @@ class Rows:
             self.numbers[index],
             {name: jagged.take(index) for name, jagged in self.lists.items()},
             {name: jagged.take(index) for name, jagged in self.times.items()},
+            {name: jagged.take(index) for name, jagged in self.actions.items()},
+            None if self.now is None else self.now[index],
         )
 
     @staticmethod
@@ -90,6 +94,8 @@ class Rows:
             torch.cat([p.numbers for p in parts]),
             {name: Jagged.cat([p.lists[name] for p in parts]) for name in first.lists},
             {name: Jagged.cat([p.times[name] for p in parts]) for name in first.times},
+            {name: Jagged.cat([p.actions[name] for p in parts]) for name in first.actions},
+            _cat([p.now for p in parts]),
         )
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Rows:
@@ -99,6 +105,8 @@ class Rows:
             change(self.numbers),
             {name: jagged.map(change) for name, jagged in self.lists.items()},
             {name: jagged.map(change) for name, jagged in self.times.items()},
+            {name: jagged.map(change) for name, jagged in self.actions.items()},
+            None if self.now is None else change(self.now),
         )
 
 
@@ -113,6 +121,8 @@ class Batch:
     weights: Tensor  # [B, tasks] float32, 0 where masked or missing
     users: Tensor  # [B] int64, a stable code of the user column: what UAUC and the bootstrap group by
     index: Tensor  # [B] int64, the row's number in the files it came from
+    new_events: Tensor | None = None  # [B] int64, how many of the row's last past events are training targets too
+    negatives: Tensor | None = None  # item ids drawn by a transform: [R] shared, or [past events, R]
 
     def __len__(self) -> int:
         return self.user_of_row.numel()
@@ -128,6 +138,7 @@ class Batch:
             self.weights[index],
             self.users[index],
             self.index[index],
+            None if self.new_events is None else self.new_events[index],
         )
 
     @staticmethod
@@ -142,6 +153,7 @@ class Batch:
             Rows.cat([p.items for p in parts]),
             torch.cat([p.user_of_row + shift for p, shift in zip(parts, shifts)]),
             *(torch.cat([getattr(p, f) for p in parts]) for f in ("labels", "weights", "users", "index")),
+            _cat([p.new_events for p in parts]),
         )
 
     def unshared(self) -> Batch:
@@ -157,7 +169,18 @@ class Batch:
             return value.to(device, non_blocking=True)
 
         rest = (self.user_of_row, self.labels, self.weights, self.users, self.index)
-        return Batch(self.user.map(move), self.items.map(move), *(move(value) for value in rest))
+        return Batch(
+            self.user.map(move),
+            self.items.map(move),
+            *(move(value) for value in rest),
+            new_events=None if self.new_events is None else move(self.new_events),
+            negatives=None if self.negatives is None else move(self.negatives),
+        )
+
+
+def _cat(parts: Sequence[Tensor | None]) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if present else None
 
 
 class Outputs(NamedTuple):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 Side = Literal["user", "item"]
 
@@ -87,7 +87,9 @@ class Sequence(Frozen):
     name: str
     fields: Annotated[tuple[SequenceField, ...], Field(min_length=1)]
     time: bool = False  # keep the events' times, in the list column "<sequence>_time"
+    actions: tuple[str, ...] = ()  # labels kept with each event, in the list columns "<sequence>_<label>"
     where: str = ""  # column of the log: only events in which it is not zero are kept
+    runs: bool = False  # a slowly changing series: of events in a row with one id only the first is kept
     max_len: PositiveInt = 50
     note: str = ""
 
@@ -95,13 +97,17 @@ class Sequence(Frozen):
         return field.column or f"{self.name}_{field.of}"
 
     def list_columns(self) -> list[str]:
-        """The columns of the rows that hold it: one per field, then the times where they are kept."""
-        columns = [self.column(field) for field in self.fields]
-        return [*columns, self.time_column] if self.time_column else columns
+        """The columns of the rows that hold it: one per field, then the times and the actions where they are kept."""
+        times = [self.time_column] if self.time_column else []
+        return [*(self.column(field) for field in self.fields), *times, *self.action_columns]
 
     @property
     def time_column(self) -> str | None:
         return f"{self.name}_time" if self.time else None
+
+    @property
+    def action_columns(self) -> list[str]:
+        return [f"{self.name}_{label}" for label in self.actions]
 
 
 Feature = Annotated[
@@ -139,6 +145,8 @@ class Schema(Frozen):
     user: str
     item: str | None = None
     time: str | None = None
+    time_unit: PositiveFloat = 1.0  # seconds in one unit of a numeric time column
+    new_events: str | None = None  # column: how many of a row's last past events are training targets too
     dim: PositiveInt = 16  # width of every embedding that names none
 
     @property
@@ -162,11 +170,13 @@ class Schema(Frozen):
                 columns += feature.list_columns()
             else:
                 columns.append(feature.column or feature.name)
-        return list(dict.fromkeys([self.user, *columns]))
+        now = [self.time] if self.time and any(sequence.time for sequence in self.sequences) else []
+        return list(dict.fromkeys([self.user, *columns, *now]))
 
     def label_columns(self) -> list[str]:
+        """Columns that only training and evaluation read."""
         columns = [c for task in self.tasks for c in (task.column, task.weight, task.mask) if c]
-        return list(dict.fromkeys(columns))
+        return list(dict.fromkeys([*columns, *([self.new_events] if self.new_events else [])]))
 
     @model_validator(mode="after")
     def _consistent(self) -> Schema:

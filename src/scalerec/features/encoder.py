@@ -89,20 +89,29 @@ class Encoder:
         except InputError as error:
             raise InputError(f"{where}{', ' if str(error).startswith('row ') else ': '}{error}") from None
         users = torch.from_numpy(hash_column(rows.column(self.schema.user), self.schema.user).view(np.int64))
-        return share(Batch(user, items, torch.arange(n), targets, weights, users, torch.from_numpy(index)))
+        new = torch.zeros(n, dtype=torch.int64)
+        if labels and self.schema.new_events:
+            new = torch.from_numpy(numbers(rows.column(self.schema.new_events), self.schema.new_events)[0]).long()
+        return share(Batch(user, items, torch.arange(n), targets, weights, users, torch.from_numpy(index), new))
 
     def _rows(self, rows: pa.RecordBatch, side: str, number: np.ndarray) -> Rows:
         n = rows.num_rows
         ids, values = [], []
         multi: dict[str, Jagged] = {}
         times: dict[str, Jagged] = {}
+        actions: dict[str, Jagged] = {}
         for feature in (f for group in self.schema.groups if group.side == side for f in group.features):
             if isinstance(feature, Sequence):
                 columns, lengths = _past(feature, rows, number)
                 multi[feature.name] = Jagged.from_lengths(self._past_ids(feature, columns), lengths)
                 if feature.time_column:
-                    stamps, _ = numbers(seconds(columns[feature.time_column]), feature.time_column)
-                    times[feature.name] = Jagged.from_lengths(torch.from_numpy(stamps), lengths)
+                    times[feature.name] = Jagged.from_lengths(
+                        self._seconds(columns[feature.time_column], feature.time_column), lengths
+                    )
+                if feature.actions:
+                    labels = [numbers(columns[name], name)[0] for name in feature.action_columns]
+                    stacked = np.stack(labels, 1).astype(np.float32)
+                    actions[feature.name] = Jagged.from_lengths(torch.from_numpy(stacked), lengths)
             elif isinstance(feature, MultiCategorical):
                 multi[feature.name] = self._multi(feature, rows)
             elif isinstance(feature, Cross):
@@ -128,7 +137,17 @@ class Encoder:
             torch.from_numpy(np.stack(values, 1) if values else np.zeros((n, 0), np.float32)),
             multi,
             times,
+            actions,
+            self._seconds(rows.column(self.schema.time), self.schema.time) if times and self.schema.time else None,
         )
+
+    def _seconds(self, column: pa.Array, name: str) -> torch.Tensor:
+        """A time column in seconds [n] float64."""
+        moments = seconds(column)
+        found, _ = numbers(moments, name)
+        if np.isnan(found).any():
+            raise InputError(f"column {name!r}: {int(np.isnan(found).sum())} entries without a time: fill or drop them")
+        return torch.from_numpy(found * (self.schema.time_unit if moments is column else 1.0))
 
     def _ids(self, feature: Categorical | MultiCategorical, column: pa.Array) -> np.ndarray:
         vocabulary = self._vocabulary(feature)

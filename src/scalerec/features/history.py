@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +23,8 @@ State = Mapping[str, tuple[Event, ...]]  # by the name of the sequence; never ch
 def append(state: State, event: Mapping[str, Any], schema: Schema) -> State:
     """The state after one event (a row of the log); an event that no sequence keeps leaves it as it was.
 
-    A sequence keeps an event when its `where` column is true and its first id is not null; other ids may be null.
+    A sequence keeps an event when its `where` column is true and its first id is not null (and, where it keeps runs
+    only, not the last one's); other ids may be null.
     """
     after = dict(state)
     for sequence in schema.sequences:
@@ -34,8 +35,9 @@ def append(state: State, event: Mapping[str, Any], schema: Schema) -> State:
         if absent is not None:
             raise InputError(f"event: no {absent!r}, which sequence {sequence.name!r} keeps: add it (null if unknown)")
         entry = tuple(event[column] for column in columns)
-        if entry[0] is not None:
-            after[sequence.name] = (*after.get(sequence.name, ()), entry)[-sequence.max_len :]
+        past = after.get(sequence.name, ())
+        if entry[0] is not None and not (sequence.runs and past and past[-1][0] == entry[0]):
+            after[sequence.name] = (*past, entry)[-sequence.max_len :]
     return after
 
 
@@ -59,15 +61,21 @@ def replay(schema: Schema, rows: pa.Table, initial: Mapping[Any, State] | None =
 
 
 def replay_pieces(
-    schema: Schema, rows: pa.Table, initial: Mapping[Any, State] | None = None, size: int = 65_536
-) -> Iterator[pa.Table]:
-    """`replay`, `size` rows at a time: the lists of one piece only are in memory."""
-    order = _Order.of(rows, schema)
+    schema: Schema, rows: pa.Table, initial: Mapping[Any, State] | None = None, size: int = 65_536, *,
+    only: np.ndarray | None = None, ties: Literal["hidden", "ordered"] = "hidden",
+) -> Iterator[pa.Table]:  # fmt: skip
+    """`replay`, `size` rows at a time: the lists of one piece only are in memory.
+
+    Of all rows, or of the rows `only` [m]; with `ties` ordered a row also sees the events of its own time before it.
+    """
+    order = _Order.of(rows, schema, ties)
     pasts = [_Past.of(rows, schema, sequence, order, initial or {}) for sequence in schema.sequences]
-    for first in range(0, max(rows.num_rows, 1), size):
-        piece = rows.slice(first, size)
+    wanted = np.arange(rows.num_rows) if only is None else only
+    for first in range(0, max(len(wanted), 1), size):
+        chosen = wanted[first : first + size]
+        piece = rows.slice(first, size) if only is None else rows.take(pa.array(chosen))
         for past in pasts:
-            for name, lists in past.lists(first, first + piece.num_rows).items():
+            for name, lists in past.lists(chosen).items():
                 piece = piece.append_column(name, lists)
         yield piece
 
@@ -80,10 +88,10 @@ class _Order:
     rows: np.ndarray  # [n] row at each position
     user: np.ndarray  # [n] at each position: index into `users` + 1, 0 where the user is null
     of_user: np.ndarray  # [n] the user's first position
-    of_time: np.ndarray  # [n] first position of this user and time: what comes before is strictly earlier
+    of_time: np.ndarray  # [n] the position before which all is the row's past: the first one of this user and time
 
     @staticmethod
-    def of(rows: pa.Table, schema: Schema) -> _Order:
+    def of(rows: pa.Table, schema: Schema, ties: str) -> _Order:
         if schema.time is None:
             raise InputError("schema: a history needs the events' order: name the `time` column")
         encoded = _column(rows, schema.user).dictionary_encode()
@@ -93,7 +101,8 @@ class _Order:
         codes, times = codes[order], times[order]
         new_user = np.append(True, codes[1:] != codes[:-1])[: len(codes)]
         new_time = new_user | np.append(True, times[1:] != times[:-1])[: len(codes)]
-        return _Order(encoded.dictionary, order, codes, _last_true(new_user), _last_true(new_time))
+        past = _last_true(new_time) if ties == "hidden" else np.arange(len(codes))
+        return _Order(encoded.dictionary, order, codes, _last_true(new_user), past)
 
 
 @dataclass(frozen=True)
@@ -119,6 +128,8 @@ class _Past:
         held_until = np.cumsum(held)
         kept = (_kept(rows, sequence) & logged[0].is_valid().to_numpy(zero_copy_only=False))[order.rows]
         kept &= order.user > 0
+        if sequence.runs:
+            kept &= _changes(values[0], order, kept, held_until, len(entries))
         kept_before = np.append(0, np.cumsum(kept))
         end = kept_before[order.of_time] + held_until[order.user]
         begin = kept_before[order.of_user] + (held_until - held)[order.user]
@@ -134,10 +145,10 @@ class _Past:
         past.end[order.rows] = end
         return past
 
-    def lists(self, first: int, last: int) -> dict[str, pa.Array]:
-        """The list columns of rows first..last."""
-        start = self.start[first:last]
-        lengths = self.end[first:last] - start
+    def lists(self, rows: np.ndarray) -> dict[str, pa.Array]:
+        """The list columns of these rows."""
+        start = self.start[rows]
+        lengths = self.end[rows] - start
         offsets = np.append(0, np.cumsum(lengths))
         seen = self.events[np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], lengths)]
         limits = pa.array(offsets.astype(np.int32))
@@ -148,7 +159,7 @@ class _Past:
 
 
 def _event_columns(sequence: Sequence, schema: Schema) -> list[str]:
-    """The columns of the log that make up an entry: the fields' ids, then the time where it is kept."""
+    """The columns of the log that make up an entry: the fields' ids, then the time and the actions it keeps."""
     columns = []
     for field in sequence.fields:
         feature = schema.feature(field.of)
@@ -158,7 +169,7 @@ def _event_columns(sequence: Sequence, schema: Schema) -> list[str]:
         if schema.time is None:
             raise InputError(f"schema: sequence {sequence.name!r} keeps times: name the `time` column")
         columns.append(schema.time)
-    return columns
+    return [*columns, *sequence.actions]
 
 
 def _column(rows: pa.Table, name: str) -> pa.Array:
@@ -193,6 +204,20 @@ def _kept(rows: pa.Table, sequence: Sequence) -> np.ndarray:
     if not pa.types.is_boolean(kind):
         column = pc.not_equal(column, pa.scalar(0, kind))
     return column.fill_null(False).to_numpy(zero_copy_only=False)
+
+
+def _changes(values: pa.Array, order: _Order, kept: np.ndarray, held_until: np.ndarray, initial: int) -> np.ndarray:
+    """Whether the id of each kept position [n] differs from the one its user had before it."""
+    codes = values.dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    at = np.flatnonzero(kept)
+    users, ids = order.user[at], codes[order.rows[at] + initial]
+    held = np.diff(held_until, prepend=0)[users] > 0
+    before = np.where(held, codes[held_until[users] - 1], -1)  # of the initial state's last event
+    follows = np.append(False, users[1:] == users[:-1])[: len(at)]
+    before[follows] = np.roll(ids, 1)[follows]
+    changed = np.zeros(len(kept), bool)
+    changed[at] = ids != before
+    return changed
 
 
 def _last_true(starts: np.ndarray) -> np.ndarray:

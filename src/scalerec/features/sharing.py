@@ -33,9 +33,11 @@ def _codes(user: Rows) -> np.ndarray:
             code = mix(code + user.ids[:, j].numpy().view(np.uint64))
         for j in range(user.numbers.shape[1]):
             code = mix(code + user.numbers[:, j].numpy().view(np.uint32))
-        for jagged in (*user.lists.values(), *user.times.values()):
+        if user.now is not None:
+            code = mix(code + user.now.numpy().view(np.uint64))
+        for jagged in (*user.lists.values(), *user.times.values(), *user.actions.values()):
             values = jagged.values.contiguous().numpy()
-            values = (values[:, None] if values.ndim == 1 else values).view(np.uint64)
+            values = (values[:, None] if values.ndim == 1 else values).view(f"u{values.itemsize}")
             lengths = jagged.lengths.numpy()
             position = np.arange(len(values)) - np.repeat(jagged.offsets[:-1].numpy(), lengths)
             mixed = mix(position.astype(np.uint64))
