@@ -168,14 +168,8 @@ class Batch:
         def move(value: Tensor) -> Tensor:
             return value.to(device, non_blocking=True)
 
-        rest = (self.user_of_row, self.labels, self.weights, self.users, self.index)
-        return Batch(
-            self.user.map(move),
-            self.items.map(move),
-            *(move(value) for value in rest),
-            new_events=None if self.new_events is None else move(self.new_events),
-            negatives=None if self.negatives is None else move(self.negatives),
-        )
+        tensors = {name: move(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, user=self.user.map(move), items=self.items.map(move), **tensors)
 
 
 def _cat(parts: Sequence[Tensor | None]) -> Tensor | None:
