@@ -153,7 +153,7 @@ class Batch:
             Rows.cat([p.items for p in parts]),
             torch.cat([p.user_of_row + shift for p, shift in zip(parts, shifts)]),
             *(torch.cat([getattr(p, f) for p in parts]) for f in ("labels", "weights", "users", "index")),
-            _cat([p.new_events for p in parts]),
+            new_events=_cat([p.new_events for p in parts]),
         )
 
     def unshared(self) -> Batch:

@@ -141,7 +141,7 @@ class Schema(Frozen):
     """All that scalerec needs to know of a log; user-side groups come first."""
 
     groups: Annotated[tuple[Group, ...], Field(min_length=1)]
-    tasks: Annotated[tuple[Task, ...], Field(min_length=1)]
+    tasks: tuple[Task, ...]  # none: a log from which only retrieval can learn
     user: str
     item: str | None = None
     time: str | None = None

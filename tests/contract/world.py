@@ -46,6 +46,7 @@ SCHEMA = Schema(
                     name="seen",
                     fields=(SequenceField(of="item"), SequenceField(of="author")),
                     time=True,
+                    actions=("click",),
                     max_len=4,
                 ),
                 # No candidate has a city, so this one can only be averaged.
@@ -74,6 +75,7 @@ SCHEMA = Schema(
     tasks=(Task(name="click"), Task(name="buy", mask="click", weight="worth")),
     user="user",
     item="item",
+    time="time",
     dim=8,
 )
 
@@ -111,7 +113,9 @@ def row(user: int, number: int) -> dict[str, object]:
         "seen_item": own.integers(0, ITEMS, past).tolist(),
         "seen_author": [f"a{value}" for value in own.integers(0, 8, past)],
         "seen_time": (1e9 + np.sort(own.integers(0, 1000, past))).tolist(),
+        "seen_click": own.integers(0, 2, past).tolist(),
         "visited_city": None if user % 3 == 0 else [f"c{value}" for value in own.integers(0, 5, user % 4)],
+        "time": 1e9 + 2000,
         "item": item,
         "author": f"a{item % 7}",
         "words": "|".join(f"w{value}" for value in random.integers(0, 9, item % 4)),
@@ -132,7 +136,8 @@ def without_pasts(batch: Batch) -> Batch:
     pasts = [sequence.name for sequence in SCHEMA.sequences]
     lists = {name: empty(value) if name in pasts else value for name, value in batch.user.lists.items()}
     times = {name: empty(value) for name, value in batch.user.times.items()}
-    return replace(batch, user=replace(batch.user, lists=lists, times=times))
+    actions = {name: empty(value) for name, value in batch.user.actions.items()}
+    return replace(batch, user=replace(batch.user, lists=lists, times=times, actions=actions))
 
 
 def other_items(batch: Batch) -> Batch:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import itertools
 import threading
+import time
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -390,6 +392,22 @@ def test_batches_hold_the_rows_they_name(log):
         assert torch.equal(batch.user.ids[batch.user_of_row], expected.user.ids[expected.user_of_row])
 
 
+def test_the_pieces_of_a_window_do_not_outlive_it(log, monkeypatch):
+    pieces: list[weakref.ref[Batch]] = []
+    encode = Encoder.encode
+
+    def remembered(*rows: Any, **named: Any) -> Batch:
+        batch = encode(*rows, **named)
+        pieces.append(weakref.ref(batch))
+        return batch
+
+    monkeypatch.setattr(Encoder, "encode", remembered)
+    windows = log.loader()._windows(0, 0)
+    _, window, order = next(windows)
+    assert len(pieces) > 1 and all(piece() is None for piece in pieces)
+    assert len(window) == len(order) >= 20
+
+
 def test_the_same_seed_gives_the_same_batches(log):
     assert epoch(log.loader()) == epoch(log.loader())
     assert epoch(log.loader(), 3) == epoch(log.loader(), 3)
@@ -500,15 +518,16 @@ def test_it_stays_only_a_little_ahead():
     def items() -> Iterator[int]:
         for number in range(50):
             made.append(number)
-            if number == 4:  # one is taken, three are held, one waits for a place
+            if number == 3:  # one is taken, three are held, and nothing is made that would have no place
                 waiting.set()
             yield number
 
     stream = ahead(items(), 3)
     next(stream)
     assert waiting.wait(10)
-    assert len(made) <= 5
+    time.sleep(0.05)
     stream.close()
+    assert made == [0, 1, 2, 3]
 
 
 def test_the_threads_end_with_the_consumer(log):

@@ -392,6 +392,87 @@ def test_a_cross_is_one_id_for_each_combination():
     assert whole_floats.items.ids.item() == found[0]
 
 
+# -- actions, the time of the request, new events
+
+WITH_ACTIONS = Schema(
+    groups=(
+        Group(
+            name="user",
+            side="user",
+            features=(
+                Sequence(
+                    name="past", fields=(SequenceField(of="item"),), time=True, actions=("like", "buy"), max_len=2
+                ),
+            ),
+        ),
+        Group(name="item", side="item", features=(Categorical(name="item"),)),
+    ),
+    tasks=(Task(name="likes", label="like"), Task(name="buy")),
+    user="user",
+    item="item",
+    time="at",
+    time_unit=60.0,
+    new_events="new",
+)
+
+
+def acted(rows: int = 1, **columns: Any) -> Batch:
+    fixed = {
+        "user": ["u"] * rows, "item": [1] * rows, "at": [3] * rows, "new": [1] * rows, "like": [0] * rows,
+        "buy": [1] * rows, "past_item": [[1, 2, 1]] * rows, "past_time": [[0, 1, 2]] * rows,
+        "past_like": [[1, 0, None]] * rows, "past_buy": [[True, True, False]] * rows,
+    }  # fmt: skip
+    rows = pa.RecordBatch.from_pydict({name: pa.array(columns.get(name, value)) for name, value in fixed.items()})
+    return Encoder.fit(WITH_ACTIONS, [rows]).encode(rows)
+
+
+def test_a_past_keeps_actions_and_the_row_its_time_and_new_events():
+    batch = acted()
+    actions = batch.user.actions["past"]
+    assert actions.values.dtype == torch.float32
+    assert actions.values[0].tolist() == [0, 1]
+    assert actions.values[1, 0].isnan() and actions.values[1, 1] == 0
+    assert torch.equal(actions.offsets, batch.user.lists["past"].offsets)
+    assert batch.user.times["past"].values.tolist() == [60.0, 120.0]
+    assert batch.user.now is not None and batch.user.now.tolist() == [180.0]
+    assert batch.user.now.dtype == torch.float64
+    assert batch.new_events is not None and batch.new_events.tolist() == [1]
+    request = pa.RecordBatch.from_pylist(
+        [{"user": "u", "item": 1, "at": 9, "past_item": [1], "past_time": [1], "past_like": [1], "past_buy": [0]}]
+    )
+    asked = Encoder.fit(WITH_ACTIONS, []).encode(request, labels=False)
+    assert asked.new_events is not None and asked.new_events.tolist() == [0]
+
+
+def test_rows_of_a_user_at_different_times_or_after_other_actions_are_apart():
+    batch = acted(4, at=[3, 4, 3, 3], past_like=[[1, 0, 0], [1, 0, 0], [1, 0, 1], [1, 0, 0]], new=[0, 1, 2, 3])
+    assert batch.user_of_row.tolist() == [0, 1, 2, 0]
+    assert batch.user.now is not None and batch.user.now.tolist() == [180.0, 240.0, 180.0]
+    assert batch.user.actions["past"].take(torch.tensor([2])).values[:, 0].tolist() == [0, 1]
+    taken = batch.take(torch.tensor([3, 1]))
+    both = Batch.cat([taken, batch])
+    for rows, expected in ((taken, [180.0, 240.0]), (both, [180.0, 240.0, 180.0, 240.0, 180.0, 180.0])):
+        assert rows.user.now is not None and rows.user.now[rows.user_of_row].tolist() == expected
+    assert both.new_events is not None and both.new_events.tolist() == [3, 1, 0, 1, 2, 3]
+
+
+def test_an_action_unlike_itself_is_the_same_when_both_are_unknown():
+    batch = acted(2, past_like=[[1, 0, None], [1, 0, None]])
+    assert batch.user_of_row.tolist() == [0, 0]
+
+
+def test_a_log_without_tasks():
+    schema = WITH_ACTIONS.model_copy(update={"tasks": ()})
+    rows = pa.RecordBatch.from_pydict(
+        {"user": ["u"] * 2, "item": [1, 2], "at": [1, 2], "new": [0, 0],
+         **{f"past_{name}": [[], [1]] for name in ("item", "time", "like", "buy")}}
+    )  # fmt: skip
+    encoder = Encoder.fit(schema, [rows])
+    for batch in (encoder.encode(rows), encoder.encode(rows, labels=False)):
+        assert batch.labels.shape == batch.weights.shape == (2, 0)
+    assert encoder.layout.tasks == ()
+
+
 # -- labels
 
 

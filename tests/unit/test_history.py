@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -164,3 +165,123 @@ def test_errors_name_the_column() -> None:
         history.replay(SCHEMA, rows.set_column(4, "like", pa.array(["yes"])))
     with pytest.raises(InputError, match="name the `time` column"):
         history.replay(SCHEMA.model_copy(update={"time": None}), rows)
+
+
+# -- slowly changing series, actions, equal times in order, some rows only
+
+SERIES = Schema(
+    groups=(
+        Group(
+            name="past",
+            side="user",
+            features=(
+                Sequence(name="slow", fields=(SequenceField(of="maker"),), time=True, runs=True, max_len=4),
+                Sequence(name="bought", fields=(SequenceField(of="maker"),), where="like", runs=True, max_len=2),
+                Sequence(name="all", fields=(SequenceField(of="item"),), time=True, actions=("like", "buy"), max_len=3),
+            ),
+        ),
+        Group(
+            name="item", side="item", features=(Categorical(name="item", column="item_id"), Categorical(name="maker"))
+        ),
+    ),
+    tasks=(Task(name="like"), Task(name="buy")),
+    user="user",
+    item="item_id",
+    time="time",
+)
+SERIES_LISTS = [column for sequence in SERIES.sequences for column in sequence.list_columns()]
+BEFORE = {
+    "a": {"slow": [("x", -2), ("y", -1)], "bought": [("y",)], "all": [(5, -9, 1, None)] * 5},
+    "b": {"slow": [("x", -1)]},
+}
+
+
+def series(rows: list[dict[str, Any]]) -> pa.Table:
+    return table(rows).append_column("buy", pa.array([row.get("buy") for row in rows], pa.int8()))
+
+
+def told_by_append(rows: list[dict[str, Any]], initial: dict) -> list[dict[str, list]]:
+    """What appending event by event says before each row, the rows in the order of time, then of the list."""
+    states: dict[Any, history.State] = frozen(initial)
+    told: dict[int, dict[str, list]] = {}
+    for number in sorted(range(len(rows)), key=lambda number: rows[number]["time"]):
+        row = rows[number]
+        state = states.get(row["user"], {}) if row["user"] is not None else {}
+        told[number] = history.as_columns(state, SERIES)
+        states[row["user"]] = history.append(state, {"buy": None} | row, SERIES)
+    return [told[number] for number in range(len(rows))]
+
+
+@settings(max_examples=200, deadline=None)
+@given(rows=st.lists(events, max_size=25), start=st.sampled_from([{}, BEFORE]), size=st.sampled_from([1, 4, 100]))
+def test_ordered_replay_equals_append_event_by_event(rows: list[dict], start: dict, size: int) -> None:
+    replayed = pa.concat_tables(history.replay_pieces(SERIES, series(rows), frozen(start), size, ties="ordered"))
+    assert replayed.select(SERIES_LISTS).to_pylist() == told_by_append(rows, start)
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows=st.lists(events, max_size=15), chosen=st.data(), ties=st.sampled_from(["hidden", "ordered"]))
+def test_only_some_rows_have_the_lists_they_have_among_all(rows: list[dict], chosen: st.DataObject, ties: Any) -> None:
+    log = series(rows)
+    only = chosen.draw(st.lists(st.integers(0, max(len(rows) - 1, 0)), max_size=2 * len(rows)))
+    some = pa.concat_tables(
+        history.replay_pieces(SERIES, log, frozen(BEFORE), 4, only=np.array(only, np.int64), ties=ties)
+    )
+    whole = pa.concat_tables(history.replay_pieces(SERIES, log, frozen(BEFORE), ties=ties))
+    assert some.to_pylist() == whole.take(pa.array(only, pa.int64())).to_pylist()
+
+
+def test_runs_keep_the_first_of_equal_values() -> None:
+    rows = [
+        {"user": user, "time": time, "item_id": 1, "maker": maker, "like": 0}
+        for time, (user, maker) in enumerate([*(("a", maker) for maker in "AABBBA"), ("b", "A"), ("a", "A")])
+    ]
+    replayed = history.replay(SERIES, series(rows)).to_pylist()
+    assert replayed[7]["slow_maker"] == ["A", "B", "A"]
+    assert replayed[7]["slow_time"] == [0, 2, 5]
+    assert replayed[3]["slow_maker"] == ["A", "B"]
+    assert replayed[6]["slow_maker"] == []
+
+
+def test_a_null_neither_stands_in_a_run_nor_ends_it() -> None:
+    rows = [
+        {"user": "a", "time": time, "item_id": 1, "maker": maker, "like": 0}
+        for time, maker in enumerate([None, "A", None, "A", "B", None, "B", "x"])
+    ]
+    assert history.replay(SERIES, series(rows))["slow_maker"].to_pylist()[-1] == ["A", "B"]
+
+
+def test_a_run_goes_on_from_before_the_log() -> None:
+    rows = [
+        {"user": user, "time": time, "item_id": 1, "maker": maker, "like": 0}
+        for time, (user, maker) in enumerate([("a", "y"), ("b", "y"), ("a", "x"), ("a", "x"), ("b", "z")])
+    ]
+    replayed = history.replay(SERIES, series(rows), frozen(BEFORE))
+    assert replayed["slow_maker"].to_pylist()[2:] == [["x", "y"], ["x", "y", "x"], ["x", "y"]]
+    assert replayed["slow_time"].to_pylist()[3] == [-2, -1, 2]
+
+
+def test_actions_are_kept_and_null_stays_null() -> None:
+    actions = [(1, None), (None, 0), (0, 1), (1, 1)]
+    rows = [
+        {"user": "a", "time": time, "item_id": time, "maker": "x", "like": like, "buy": buy}
+        for time, (like, buy) in enumerate(actions)
+    ]
+    last = history.replay(SERIES, series(rows)).to_pylist()[3]
+    assert last["all_item"] == [0, 1, 2]
+    assert last["all_like"] == [1, None, 0]
+    assert last["all_buy"] == [None, 0, 1]
+    with pytest.raises(InputError, match="no column 'buy'"):
+        history.replay(SERIES, series(rows).drop_columns(["buy"]))
+    with pytest.raises(InputError, match=r"'buy'.*'all'"):
+        history.append({}, {"time": 1, "item_id": 1, "maker": "x", "like": 1}, SERIES)
+
+
+def test_ordered_ties_see_the_rows_before_them() -> None:
+    rows = [
+        {"user": "a", "time": time, "item_id": item, "maker": None, "like": 0}
+        for time, item in [(5, 1), (2, 2), (2, 3), (9, 4), (5, 5)]
+    ]
+    ordered = pa.concat_tables(history.replay_pieces(SERIES, series(rows), ties="ordered"))
+    assert ordered["all_item"].to_pylist() == [[2, 3], [], [2], [3, 1, 5], [2, 3, 1]]
+    assert history.replay(SERIES, series(rows))["all_item"].to_pylist() == [[2, 3], [], [], [3, 1, 5], [2, 3]]

@@ -5,20 +5,23 @@ from __future__ import annotations
 import atexit
 import queue
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from scalerec.batch import Batch
 from scalerec.data.reader import ParquetRows
 from scalerec.data.split import Part
 from scalerec.features.encoder import Encoder
+from scalerec.features.layout import Layout
 from scalerec.features.sharing import share
 
 T = TypeVar("T")
+Transform = Callable[[Batch, Layout, np.random.Generator], Batch]
 
 
 class Position(NamedTuple):
@@ -41,13 +44,14 @@ class Loader:
 
     def __init__(
         self, rows: ParquetRows, encoder: Encoder, part: Part, batch_size: int, *, seed: int | None = None,
-        window_rows: int = 131_072, rank: int = 0, world: int = 1,
+        window_rows: int = 131_072, rank: int = 0, world: int = 1, transforms: Sequence[Transform] = (),
     ):  # fmt: skip
         self.rows, self.encoder, self.batch_size = rows, encoder, batch_size
         self.part: Part = part
         self.seed = seed  # None: the order of the files
         self.window_rows = window_rows if seed is not None else 1  # nothing to shuffle: no window to hold
         self.rank, self.world = rank, world
+        self.transforms = transforms  # of every batch, drawn anew each time and the same for the same seed
         columns = [*encoder.schema.input_columns(), *encoder.schema.label_columns()]
         self.columns = list(dict.fromkeys(columns))
 
@@ -62,48 +66,54 @@ class Loader:
         rest: list[Batch] = []
         held, row = 0, start.row
         here = start
-        for piece, window in ahead(self._windows(epoch, start.piece), 1):
-            while row < len(window):
-                take = min(self.batch_size - held, len(window) - row)
-                rest.append(window.take(torch.arange(row, row + take)))
+        for piece, window, order in ahead(self._windows(epoch, start.piece), 1):
+            while row < len(order):
+                take = min(self.batch_size - held, len(order) - row)
+                rest.append(window.take(order[row : row + take]))
                 held, row = held + take, row + take
                 here = Position(piece, row)
                 if held == self.batch_size:
-                    yield self._mine(Batch.cat(rest)), here
+                    yield self._made(rest, epoch, here), here
                     rest, held = [], 0
             row = 0
         if held:
-            yield self._mine(Batch.cat(rest)), here
+            yield self._made(rest, epoch, here), here
 
-    def _mine(self, batch: Batch) -> Batch:
-        return batch if self.world == 1 else batch.take(torch.arange(len(batch))[self.rank :: self.world])
+    def _made(self, parts: list[Batch], epoch: int, end: Position) -> Batch:
+        batch = Batch.cat(parts)
+        if self.world > 1:
+            batch = batch.take(torch.arange(len(batch))[self.rank :: self.world])
+        for number, transform in enumerate(self.transforms):
+            rng = np.random.default_rng([self.seed or 0, epoch, *end, self.rank, number])
+            batch = transform(batch, self.encoder.layout, rng)
+        return batch
 
-    def _windows(self, epoch: int, start: int) -> Generator[tuple[int, Batch], None, None]:
-        """(first piece, shuffled rows) of each window."""
+    def _windows(self, epoch: int, start: int) -> Generator[tuple[int, Batch, Tensor], None, None]:
+        """(first piece, rows, the order in which to take them) of each window."""
         order = None
         if self.seed is not None:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows.row_groups)).tolist()
         parts: list[Batch] = []
-        first, held = start, 0
+        first = start
         for piece in self.rows.pieces(self.part, self.columns, order, start):
             if not parts:
                 first = piece.number
             if piece.rows.num_rows:
                 where, file_first = str(piece.group.file), piece.group.file_first
                 parts.append(self.encoder.encode(piece.rows, index=piece.index, where=where, first=file_first))
-                held += piece.rows.num_rows
-            if held >= self.window_rows:
-                yield first, self._shuffled(parts, epoch, first)
-                parts, held = [], 0
+            if sum(map(len, parts)) >= self.window_rows:
+                yield first, *self._window(parts, epoch, first)
         if parts:
-            yield first, self._shuffled(parts, epoch, first)
+            yield first, *self._window(parts, epoch, first)
 
-    def _shuffled(self, parts: list[Batch], epoch: int, first: int) -> Batch:
+    def _window(self, parts: list[Batch], epoch: int, first: int) -> tuple[Batch, Tensor]:
+        """The rows of `parts`, which is emptied (or they would lie in memory beside their window), and their order."""
         window = share(Batch.cat(parts)) if len(parts) > 1 else parts[0]
+        parts.clear()
         if self.seed is None:
-            return window
+            return window, torch.arange(len(window))
         order = np.random.default_rng([self.seed, epoch, first]).permutation(len(window))
-        return window.take(torch.from_numpy(order))
+        return window, torch.from_numpy(order)
 
 
 def ahead(items: Generator[T, None, None], depth: int) -> Generator[T, None, None]:
@@ -111,33 +121,27 @@ def ahead(items: Generator[T, None, None], depth: int) -> Generator[T, None, Non
 
     When the consumer stops early, or Python ends, the thread is waited for: at work during the end it would abort it.
     """
-    ready: queue.Queue = queue.Queue(depth)
+    ready: queue.SimpleQueue = queue.SimpleQueue()
+    room = threading.Semaphore(depth)  # taken before an item is made: one that waits for a place is held in memory too
     stop = threading.Event()
     done = object()
-
-    def put(value: object) -> bool:
-        while not stop.is_set():
-            try:
-                ready.put(value, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
 
     def work() -> None:
         try:
             with closing(items):
-                for item in items:
-                    if not put((item, None)):
+                while room.acquire() and not stop.is_set():
+                    item = next(items, done)
+                    ready.put((item, None))
+                    if item is done:
                         return
-            put((done, None))
         except BaseException as error:
-            put((done, error))
+            ready.put((done, error))
 
     worker = threading.Thread(target=work, daemon=True)
 
     def end() -> None:
         stop.set()
+        room.release()
         worker.join()
 
     atexit.register(end)
@@ -149,6 +153,7 @@ def ahead(items: Generator[T, None, None], depth: int) -> Generator[T, None, Non
                 raise error
             if item is done:
                 return
+            room.release()
             yield item
     finally:
         end()

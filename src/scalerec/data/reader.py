@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from scalerec.data.source import Prepared, Source
-from scalerec.data.split import PARTS, NoSplit, Part, Split
+from scalerec.data.split import PARTS, ColumnSplit, NoSplit, Part, Split, columns_of
 from scalerec.errors import InputError
 from scalerec.schema import Schema
 
@@ -43,7 +43,8 @@ class RowGroup:
     number: int
     first: int
     rows: int
-    file_first: int  # number of the file's first row
+    file_first: int  # number of the file's first row; 0 where a column numbers the rows
+    part: str = ""  # the one part of all its rows, where the file's statistics say so
 
 
 class Piece(NamedTuple):
@@ -51,15 +52,16 @@ class Piece(NamedTuple):
 
     number: int  # counted along the order of reading
     rows: pa.RecordBatch
-    index: np.ndarray  # [n] their numbers in all the files
+    index: np.ndarray  # [n] their numbers in all the files, or those that the source's row column gives
     group: RowGroup
 
 
 class ParquetRows:
     """The rows of a source, part by part; `counts` says what was left out."""
 
-    def __init__(self, files: Sequence[Path], split: Split, *, skip_bad_shards: bool = False):
+    def __init__(self, files: Sequence[Path], split: Split, *, skip_bad_shards: bool = False, row_column: str = ""):
         self.split = split
+        self.row_column = row_column
         self.skip_bad_shards = skip_bad_shards
         self.counts: Counter[str] = Counter()
         self.row_groups: list[RowGroup] = []
@@ -75,7 +77,8 @@ class ParquetRows:
             file_first = first
             for number in range(metadata.num_row_groups):
                 rows = metadata.row_group(number).num_rows
-                self.row_groups.append(RowGroup(file, number, first, rows, file_first))
+                part = self._one_part(metadata.row_group(number))
+                self.row_groups.append(RowGroup(file, number, first, rows, 0 if row_column else file_first, part))
                 first += rows
         self.num_rows = first
         if not first:
@@ -83,7 +86,7 @@ class ParquetRows:
 
     @staticmethod
     def of(source: Source, prepared: Prepared, *, skip_bad_shards: bool = False) -> ParquetRows:
-        return ParquetRows(prepared.files, source.split, skip_bad_shards=skip_bad_shards)
+        return ParquetRows(prepared.files, source.split, skip_bad_shards=skip_bad_shards, row_column=source.row_column)
 
     def pieces(
         self, part: Part, columns: Sequence[str] | None = None, order: Sequence[int] | None = None, start: int = 0
@@ -98,7 +101,7 @@ class ParquetRows:
         for index in order if order is not None else range(len(self.row_groups)):
             group = self.row_groups[index]
             last = piece + -(-group.rows // PIECE_ROWS)
-            if last <= start:
+            if last <= start or group.part not in ("", part):
                 piece = last
                 continue
             for number, rows in enumerate(self._read(group, wanted)):
@@ -116,7 +119,7 @@ class ParquetRows:
             with pq.ParquetFile(group.file) as file:
                 names = file.schema_arrow.names
                 if wanted is not None:
-                    needed = [*wanted, *self._split_columns()]
+                    needed = [*wanted, *columns_of(self.split), *([self.row_column] if self.row_column else [])]
                     absent = [column for column in needed if column not in names]
                     if absent:
                         raise InputError(f"{group.file}: no column {absent[0]!r}; it has {', '.join(names[:30])}")
@@ -125,12 +128,21 @@ class ParquetRows:
         except (pa.ArrowException, OSError) as error:
             self._bad(group.file, error)
 
-    def _split_columns(self) -> list[str]:
-        column = getattr(self.split, "column", "") or getattr(self.split, "by", "")
-        return [column] if column else []
+    def _one_part(self, group: pq.RowGroupMetaData) -> str:
+        """The part of all rows of a row group, "" where that is not known without reading them."""
+        if isinstance(self.split, ColumnSplit):
+            columns = (group.column(i) for i in range(group.num_columns))
+            for column in columns:
+                if column.path_in_schema == self.split.column and column.is_stats_set:
+                    found = column.statistics
+                    if found.has_min_max and found.min == found.max and found.null_count == 0 and found.min in PARTS:
+                        return found.min
+        return ""
 
     def _part(self, rows: pa.RecordBatch, part: Part, first: int, group: RowGroup) -> tuple[pa.RecordBatch, np.ndarray]:
         numbers = np.arange(first, first + rows.num_rows)
+        if self.row_column:
+            numbers = np.array(rows.column(self.row_column), np.int64)
         if isinstance(self.split, NoSplit):
             return rows, numbers
         try:

@@ -28,6 +28,7 @@ class Source(Component):
     """One data set = one file of `scalerec.data.sources`: a subclass gives `schema` and `build`."""
 
     version: ClassVar[int] = 1  # raised when `build` writes other files than before
+    row_column: ClassVar[str] = ""  # column with the rows' numbers, where these are not their places in the files
     split: Split
 
     @abstractmethod
@@ -41,6 +42,10 @@ class Source(Component):
     def best_scores(self) -> dict[str, str]:
         """Task -> column with its true probability, for data that was made by a teacher."""
         return {}
+
+    def paired_with(self) -> Any:
+        """What decides which rows are evaluated: runs that agree in it are compared row by row."""
+        return self
 
     def identity(self) -> dict[str, Any]:
         """What decides the prepared files; by default all fields but the split."""

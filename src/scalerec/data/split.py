@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Union
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
 from scalerec.errors import InputError
@@ -16,6 +17,7 @@ from scalerec.schema import Frozen
 
 Part = Literal["train", "validation", "test"]
 PARTS: tuple[Part, ...] = ("train", "validation", "test")
+_NAMES = "train, validation or test"
 
 Moment = Union[int, float, datetime]  # a date is its midnight
 
@@ -72,7 +74,32 @@ class NoSplit(Frozen):
         return np.zeros(rows.num_rows, np.int8)
 
 
-Split = Annotated[Union[TimeSplit, RandomSplit, NoSplit], Field(discriminator="kind")]
+class ColumnSplit(Frozen):
+    """Every row says its own part in a column that holds "train", "validation" or "test"."""
+
+    kind: Literal["column"] = "column"
+    column: str
+
+    def part_of(self, rows: pa.RecordBatch, first: int) -> np.ndarray:
+        values = _column(rows, self.column)
+        if pa.types.is_dictionary(values.type):
+            values = values.dictionary_decode()
+        if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
+            raise InputError(f"split: column {self.column!r} is {values.type}: it must hold {_NAMES}")
+        parts = pc.index_in(values, value_set=pa.array(PARTS, values.type))
+        if parts.null_count:
+            wrong = values.filter(parts.is_null())[0].as_py()
+            raise InputError(f"split: column {self.column!r} holds {wrong!r}: every row must say {_NAMES}")
+        return parts.to_numpy().astype(np.int8)
+
+
+Split = Annotated[Union[TimeSplit, RandomSplit, ColumnSplit, NoSplit], Field(discriminator="kind")]
+
+
+def columns_of(split: Split) -> list[str]:
+    """The columns that a split reads."""
+    column = getattr(split, "column", "") or getattr(split, "by", "")
+    return [column] if column else []
 
 
 def times_of(rows: pa.RecordBatch, column: str) -> np.ndarray:

@@ -187,6 +187,8 @@ class Encoder:
         return torch.from_numpy(np.stack(ids, 1))
 
     def _targets(self, rows: pa.RecordBatch, number: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.schema.tasks:
+            return torch.zeros(rows.num_rows, 0), torch.zeros(rows.num_rows, 0)
         targets, weights = [], []
         for task in self.schema.tasks:
             label, _ = numbers(rows.column(task.column), task.column)
@@ -224,9 +226,11 @@ class Encoder:
         if isinstance(feature, Sequence):
             dims = [getattr(self.schema.feature(field.of), "dim", None) or self.schema.dim for field in feature.fields]
             names = tuple(field.of for field in feature.fields)
+            task_of = {task.column: task.name for task in self.schema.tasks}
             return FeatureLayout(
                 name=feature.name, kind="sequence", width=sum(dims), tables=names, query=names,
-                max_len=feature.max_len, time=feature.time,
+                max_len=feature.max_len, time=feature.time, runs=feature.runs,
+                actions=tuple(task_of.get(label, label) for label in feature.actions),
             )  # fmt: skip
         dim = feature.dim or self.schema.dim
         if isinstance(feature, Numeric) and feature.encoding == "linear":

@@ -68,7 +68,7 @@ def replay_pieces(
 
     Of all rows, or of the rows `only` [m]; with `ties` ordered a row also sees the events of its own time before it.
     """
-    order = _Order.of(rows, schema, ties)
+    order = Order.of(rows, schema, ties)
     pasts = [_Past.of(rows, schema, sequence, order, initial or {}) for sequence in schema.sequences]
     wanted = np.arange(rows.num_rows) if only is None else only
     for first in range(0, max(len(wanted), 1), size):
@@ -81,7 +81,7 @@ def replay_pieces(
 
 
 @dataclass(frozen=True)
-class _Order:
+class Order:
     """The rows by user, then time, then file order (stable); positions below are places in this order."""
 
     users: pa.Array  # the different users
@@ -91,7 +91,7 @@ class _Order:
     of_time: np.ndarray  # [n] the position before which all is the row's past: the first one of this user and time
 
     @staticmethod
-    def of(rows: pa.Table, schema: Schema, ties: str) -> _Order:
+    def of(rows: pa.Table, schema: Schema, ties: str) -> Order:
         if schema.time is None:
             raise InputError("schema: a history needs the events' order: name the `time` column")
         encoded = _column(rows, schema.user).dictionary_encode()
@@ -102,7 +102,7 @@ class _Order:
         new_user = np.append(True, codes[1:] != codes[:-1])[: len(codes)]
         new_time = new_user | np.append(True, times[1:] != times[:-1])[: len(codes)]
         past = _last_true(new_time) if ties == "hidden" else np.arange(len(codes))
-        return _Order(encoded.dictionary, order, codes, _last_true(new_user), past)
+        return Order(encoded.dictionary, order, codes, _last_true(new_user), past)
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class _Past:
     end: np.ndarray  # [rows]
 
     @staticmethod
-    def of(rows: pa.Table, schema: Schema, sequence: Sequence, order: _Order, initial: Mapping[Any, State]) -> _Past:
+    def of(rows: pa.Table, schema: Schema, sequence: Sequence, order: Order, initial: Mapping[Any, State]) -> _Past:
         logged = [_column(rows, column) for column in _event_columns(sequence, schema)]
         before = [initial.get(user, {}).get(sequence.name, ())[-sequence.max_len :] for user in order.users.to_pylist()]
         entries = [entry for events in before for entry in events]
@@ -206,7 +206,7 @@ def _kept(rows: pa.Table, sequence: Sequence) -> np.ndarray:
     return column.fill_null(False).to_numpy(zero_copy_only=False)
 
 
-def _changes(values: pa.Array, order: _Order, kept: np.ndarray, held_until: np.ndarray, initial: int) -> np.ndarray:
+def _changes(values: pa.Array, order: Order, kept: np.ndarray, held_until: np.ndarray, initial: int) -> np.ndarray:
     """Whether the id of each kept position [n] differs from the one its user had before it."""
     codes = values.dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False)
     at = np.flatnonzero(kept)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Literal
 
+from scalerec.errors import InputError
 from scalerec.schema import Frozen, Side
 
 
@@ -27,6 +28,10 @@ class FeatureLayout(Frozen):
     query: tuple[str, ...] = ()  # sequence: the candidate's features that its fields correspond to
     max_len: int = 1
     time: bool = False
+    actions: tuple[
+        str, ...
+    ] = ()  # sequence: the labels kept with its events, by the name of their task where they have one
+    runs: bool = False  # sequence: slowly changing, only the first of equal consecutive ids is there
 
 
 class GroupLayout(Frozen):
@@ -68,6 +73,15 @@ class Layout(Frozen):
     @cached_property
     def table(self) -> dict[str, Table]:
         return {table.name: table for table in self.tables}
+
+    def main_sequence(self, name: str = "") -> FeatureLayout:
+        """The user's sequence of that name, or the first one that is not a slowly changing series."""
+        sequences = self.sides["user"].sequences
+        found = next((s for s in sequences if s.name == name or not (name or s.runs)), None)
+        if found is None:
+            there = ", ".join(s.name for s in sequences) or "none"
+            raise InputError(f"no sequence {name or '(default)'!r}: the schema has {there}")
+        return found
 
     @property
     def width(self) -> int:

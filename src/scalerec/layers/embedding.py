@@ -5,7 +5,7 @@ n rows of a side   F ids   W flat width of the side   L longest list   w width o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,8 @@ class EmbeddedSequence:
 
     values: Tensor  # [n, L, w], zero where masked
     mask: Tensor  # [n, L] bool
+    times: Tensor | None = None  # [n, L] float64 seconds
+    actions: Tensor | None = None  # [n, L, labels] 0, 1 or NaN
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Embedded:
 
     flat: Tensor  # [n, W] features side by side in the order of the layout, sequences left out
     sequences: dict[str, EmbeddedSequence]
+    now: Tensor | None = None  # [n] float64 seconds, when the rows were asked for
 
 
 @dataclass(frozen=True)
@@ -95,9 +98,13 @@ class EmbeddingCollection(nn.Module):
         return self.get_parameter(f"width_{dim}")
 
     def forward(self, *sides: Rows) -> tuple[Embedded, ...]:
+        return self.embed(sides, [])[0]
+
+    def embed(self, sides: Sequence[Rows], more: list[Lookup]) -> tuple[tuple[Embedded, ...], list[Tensor]]:
+        """Sides and the vectors of further lookups (negatives, a catalogue), all in one call."""
         lookups = [lookup for rows in sides for lookup in self.lookups(rows)]
-        vectors = iter(self.look_up(lookups))
-        return tuple(self.assemble(rows, vectors) for rows in sides)
+        vectors = iter(self.look_up([*lookups, *more]))
+        return tuple(self.assemble(rows, vectors) for rows in sides), list(vectors)
 
     def lookups(self, rows: Rows) -> list[Lookup]:
         """What one side needs, in the order in which `assemble` takes the vectors."""
@@ -136,9 +143,14 @@ class EmbeddingCollection(nn.Module):
             jagged = rows.lists[feature.name]
             joined = torch.cat([next(vectors) for _ in feature.tables], 1)
             values, mask = type(jagged)(joined, jagged.offsets).padded()
-            sequences[feature.name] = EmbeddedSequence(values, mask)
+            times, actions = (
+                kept[feature.name].padded()[0] if feature.name in kept else None for kept in (rows.times, rows.actions)
+            )
+            sequences[feature.name] = EmbeddedSequence(values, mask, times, actions)
         flat = [parts[feature.name] for feature in shape.flat]
-        return Embedded(torch.cat(flat, 1) if flat else rows.ids.new_zeros(len(rows), 0, dtype=torch.float), sequences)
+        return Embedded(
+            torch.cat(flat, 1) if flat else rows.ids.new_zeros(len(rows), 0, dtype=torch.float), sequences, rows.now
+        )
 
     # One key per table, whatever lies in memory: checkpoints move between this form and sharded ones.
 

@@ -35,6 +35,9 @@ class Model(nn.Module):
     """
 
     embeddings: EmbeddingCollection
+    ranks: bool = True  # its logits are of the tasks
+    retrieves: bool = False  # it also knows `queries` and a `catalogue`
+    exports: bool = True  # its dense part is one graph whatever the data
 
     def __init__(self, layout: Layout):
         super().__init__()
@@ -71,6 +74,10 @@ class Model(nn.Module):
             task: binary_cross_entropy(outputs.logits[:, j], batch.labels[:, j], batch.weights[:, j])
             for j, task in enumerate(self.layout.tasks)
         }
+
+    def objective(self, batch: Batch) -> dict[str, Term]:
+        """What a training step minimises; models that learn from more than the rows say so here."""
+        return self.loss(self(batch), batch)
 
     def after_step(self) -> None:
         """Called after each optimiser step, for models that move controllers of their own."""

@@ -35,18 +35,19 @@ def compare(
     Writes `report.md`, `report.json` and `report.png` into `out` and returns what the JSON holds.
 
     Raises:
-        InputError: the runs do not share data and tasks, or a folder holds another run.
+        InputError: the runs are not evaluated on the same rows, or a folder holds another run.
     """
     first = runs[0]
     for run in runs[1:]:
-        if run.data != first.data or run.dim != first.dim:
+        if run.data.paired_with() != first.data.paired_with() or run.dim != first.dim:
             raise InputError(f"{run.name} and {first.name} read different data: compare recipes of one data set")
     names = [run.name for run in runs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise InputError(f"{twice} is named twice: compare different recipes")
     console = Console(stderr=True)
-    first.data.prepare(lambda message: console.print(message, highlight=False, markup=False))  # once, before any worker
+    for run in runs:  # once, before any worker
+        run.data.prepare(lambda message: console.print(message, highlight=False, markup=False))
     with ThreadPoolExecutor(workers) as pool:
         jobs = [
             pool.submit(_train, run, seed, out / run.name / f"seed-{seed}", workers, console)
@@ -65,19 +66,20 @@ def compare(
             raise
     tasks = [task.name for task in first.data.schema().tasks]
     results = {name: [_read(out / name / f"seed-{seed}") for seed in range(seeds)] for name in names}
-    predictions = {
-        name: [evaluate.read(out / name / f"seed-{seed}" / "test.parquet", tasks) for seed in range(seeds)]
-        for name in names
-    }
-    found = {
+    predictions: dict[str, list[Predictions]] = {}
+    for name in names:
+        found = [evaluate.read(out / name / f"seed-{seed}" / "test.parquet", tasks) for seed in range(seeds)]
+        base = predictions[names[0]][0] if predictions else found[0]
+        predictions[name] = [_aligned(p, base, name, names[0]) for p in found]
+    comparison = {
         "command": command, "seeds": seeds, "data": first.data.model_dump(mode="json"), "tasks": tasks,
         "notes": first.data.prepare().notes, "machine": report.machine(), "reference": names[0],
         "test_rows": len(predictions[names[0]][0].users), "test_users": len(np.unique(predictions[names[0]][0].users)),
         "models": [_row(name, results[name], predictions, names[0], tasks, replicates) for name in names],
         "best_reachable": _best_reachable(first, predictions[names[0]][0], tasks),
     }  # fmt: skip
-    report.write(found, out)
-    return found
+    report.write(comparison, out)
+    return comparison
 
 
 def _train(run: Run, seed: int, folder: Path, workers: int, console: Console) -> None:
@@ -147,6 +149,23 @@ def _row(
                 entry["resolved"] = change.resolved
             row["tasks"][task][metric] = entry
     return row
+
+
+def _aligned(predictions: Predictions, base: Predictions, name: str, base_name: str) -> Predictions:
+    """The predictions in the order of the rows of `base`; InputError unless both are of the same rows."""
+    order = np.argsort(predictions.index, kind="stable")
+    order = order[np.argsort(np.argsort(base.index, kind="stable"))] if len(order) == len(base.index) else order
+    aligned = Predictions(*(values[order] for values in predictions))
+    counted = aligned.weights > 0
+    for what, agree in {
+        "row numbers": np.array_equal(aligned.index, base.index),
+        "users": np.array_equal(aligned.users, base.users),
+        "rows that count": np.array_equal(aligned.weights, base.weights),
+        "labels": np.array_equal(aligned.labels[counted], base.labels[base.weights > 0]),
+    }.items():
+        if not agree:
+            raise InputError(f"{name} and {base_name} were not tested on the same rows: their {what} differ")
+    return aligned
 
 
 def _scores(predictions: list[Predictions], j: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

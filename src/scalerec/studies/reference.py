@@ -75,7 +75,9 @@ def train(run: Run, out: Path, seed: int) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {"name": f"lightgbm_{run.data.kind}", "trees": trees, "seconds": time.monotonic() - began}
     predictions = {
-        part: evaluate.Predictions(np.stack(values, 1).astype(np.float32), *tables[part][1:])
+        part: evaluate.Predictions(
+            np.stack(values, 1).astype(np.float32), *tables[part][1:], np.zeros((len(values[0]), 0))
+        )
         for part, values in scores.items()
     }
     tasks = encoder.layout.tasks

@@ -13,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from scalerec.checkpoint import write_atomically
 
+SHOWN = ("auc", "uauc", "log_loss", "calibration", "hr@10", "hr@50", "hr@200", "ndcg@10", "mrr")
+
 
 class Log:
     """Writes to `folder`; `rewind(step)` forgets what a killed run wrote after the step it resumes from."""
@@ -69,7 +71,7 @@ class Log:
         with self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
         for task, table in values.get("tasks", {}).items():
-            line = "  ".join(f"{name} {table[name]:.4f}" for name in ("auc", "uauc", "log_loss", "calibration"))
+            line = "  ".join(f"{name} {table[name]:.4f}" for name in SHOWN if name in table)
             self.say(f"step {step}  {kind}  {task:<10} {line}")
         self._to_tensorboard(kind, step, values)
 

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, Serial
 
 from scalerec.config import Config, component
 from scalerec.data.source import Source
+from scalerec.data.transforms import Negatives, StochasticLength
 from scalerec.models.base import ModelConfig
 from scalerec.schema import Schema
 from scalerec.training.optim import OptimizerConfig
@@ -21,7 +22,10 @@ class TrainingConfig(Config):
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: matrix products under autocast
     seed: NonNegativeInt = 0
     threads: NonNegativeInt = 0  # 0: all cores; part of the bits, so a resumed run must use as many
-    select: Literal["auc", "log_loss"] = "auc"  # mean over tasks on the validation rows
+    negatives: Negatives = Negatives(count=0)  # none: retrieval learns on the whole catalogue
+    stochastic_length: StochasticLength = StochasticLength()
+    # On the validation rows: a mean over tasks, or a metric of the next item; last: nothing, the end is kept.
+    select: Literal["auc", "log_loss", "ndcg@10", "hr@10", "mrr", "last"] = "auc"
     patience: NonNegativeInt = 0  # evaluations without a better value before stopping; 0: never stop early
     evaluate_every: NonNegativeInt = 0  # steps; 0: at the end of every epoch
     log_every: PositiveInt = 20  # steps

@@ -29,7 +29,8 @@ from scalerec.training.optim import load_state_tensors, state_tensors
 from scalerec.training.run import Run
 from scalerec.training.warm_start import transfer
 
-EVALUATION_BATCH = 4096
+EVALUATION_BATCH = 1024  # so that evaluating takes no more memory than training
+FLOPS_SAMPLE = 4096  # rows
 
 
 @dataclass
@@ -89,14 +90,10 @@ class Training:
         if old is not None:
             log.say(transfer(old, self.model))
         self.dense_parameters = self.model.dense_parameters()
-        optimizer = self.config.optimizer
-        self.optimizers: dict[str, torch.optim.Optimizer] = {
-            "dense": optimizer.build_dense(self.dense_parameters),
-            "embedding": optimizer.build_embedding(self.model.embeddings.sparse_parameters()),
-        }
+        self.optimizers = self.config.optimizer.build(self.model)
         self.loader = Loader(
             self.rows, self.encoder, "train", self.config.batch_size, seed=self.config.seed,
-            window_rows=self.config.window_rows,
+            window_rows=self.config.window_rows, transforms=(self.config.stochastic_length, self.config.negatives),
         )  # fmt: skip
         if earlier is not None:
             self._restore(earlier)
@@ -175,8 +172,7 @@ class Training:
     def step(self, batch: Batch) -> dict[str, float]:
         """One optimiser step; the loss of each term."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            outputs = self.model(batch)
-        terms = self.model.loss(outputs, batch)
+            terms = self.model.objective(batch)
         loss = total(terms)
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
@@ -207,8 +203,7 @@ class Training:
         state = self.state
         found = evaluate.tables(self.predict("validation"), self.encoder.layout.tasks)
         state.evaluations += 1
-        values = [table[self.config.select] for table in found.values()]
-        value = sum(values) / len(values) * (1 if self.config.select == "auc" else -1)
+        value = self._value(found)
         self.log.write("validation", state.step, {"epoch": state.epoch, "tasks": found}, state.seconds)
         if state.best_value is None or value > state.best_value:
             state.best, state.best_value, state.evaluations_since_best = self._name(), value, 0
@@ -217,6 +212,17 @@ class Training:
             state.evaluations_since_best += 1
             state.finished = 0 < self.config.patience <= state.evaluations_since_best
         self._save()
+
+    def _value(self, tables: dict[str, dict[str, float]]) -> float:
+        """What early stopping looks at, larger is better."""
+        select = self.config.select
+        if select == "last":
+            return float(self.state.step)
+        values = [table[select] for table in tables.values() if select in table]
+        if not values:
+            has = ", ".join(next(iter(tables.values())))
+            raise InputError(f"--training.select {select}: {self.run.model.kind} is not measured by it; it has {has}")
+        return sum(values) / len(values) * (-1 if select == "log_loss" else 1)
 
     def predict(self, part: Part) -> evaluate.Predictions:
         """Scores of a part's rows, in their order, by the model as it stands."""
@@ -285,7 +291,7 @@ def train(run: Run, out: Path, *, resume: bool = False, warm_start: Path | None 
         found: dict[str, Any] = {"name": run.name, "seconds": state.seconds, "steps": state.step}
         found |= {"validation": state.best_tables, "test": evaluate.tables(predictions, tasks)}
         found["parameters"] = {**training.model.parts(), "embedding": training.encoder.layout.embedding_parameters}
-        sample = next(iter(Loader(training.rows, training.encoder, "test", EVALUATION_BATCH)))
+        sample = next(iter(Loader(training.rows, training.encoder, "test", FLOPS_SAMPLE)))
         found["flops_per_row"] = training.model.flops(sample) / len(sample)
         checkpoint.write_atomically(done, json.dumps(found, indent=1))
     return found

@@ -83,6 +83,7 @@ class KuaiRand(Source):
             user="user_id",
             item="video_id",
             time="time_ms",
+            time_unit=1e-3,
         )
 
     def build(self, folder: Path, progress: Callable[[str], None]) -> dict[str, Any]:

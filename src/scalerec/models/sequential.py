@@ -1,0 +1,234 @@
+"""What models on a user's life share: the main series, who predicts what from where, and retrieval over all items.
+
+U users   B rows   E events of all users   D width   V items of the catalogue   R negatives
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from scalerec.batch import FIRST_ID, Batch, Jagged, Outputs
+from scalerec.errors import InputError
+from scalerec.features.layout import Layout, SideLayout
+from scalerec.layers.embedding import Embedded, EmbeddedSequence, EmbeddingCollection, Lookup
+from scalerec.losses import Term, distinct, full_softmax, log_frequency, sampled_softmax
+from scalerec.models.base import Model, ModelConfig
+from scalerec.topk import product_ranks
+
+
+class SequentialConfig(ModelConfig):
+    """The part that all models on sequences have."""
+
+    dim: PositiveInt = 50
+    events: str = ""  # the main series; default: the layout's first sequence
+    dropout: float = Field(default=0.2, ge=0, lt=1)
+    temperature: PositiveFloat = 0.05  # of the cosine between user and item
+    positive: str = ""  # a task: only events with this label are to be retrieved; default: every event
+    log_q: bool = False  # correct in-batch negatives for how often they occur (Yi et al., 2019)
+
+
+@dataclass(frozen=True)
+class Events:
+    """The main series of U users, one user's events after the other's."""
+
+    vectors: Tensor  # [E, w]
+    offsets: Tensor  # [U + 1]
+    user: Tensor  # [E]
+    times: Tensor | None  # [E] float64 seconds
+    actions: Tensor | None  # [E, labels] 0, 1 or NaN
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.offsets.diff()
+
+    @staticmethod
+    def of(sequence: EmbeddedSequence) -> Events:
+        mask = sequence.mask
+        lengths = mask.sum(1)
+        return Events(
+            sequence.values[mask],
+            torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
+            torch.repeat_interleave(torch.arange(len(mask), device=mask.device), lengths),
+            None if sequence.times is None else sequence.times[mask],
+            None if sequence.actions is None else sequence.actions[mask],
+        )
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a model made of the histories of U users."""
+
+    at_event: Tensor  # [E, D] where the event after each one is predicted
+    at_end: Tensor  # [U, D] after everything; zero for a user without history
+    foresees: Tensor  # [E] bool, whether what follows the event is content
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """What retrieval is to foresee after which event, among what."""
+
+    at: Tensor  # [P] events
+    pool: Tensor  # [C] item ids: all that is target or negative, each once
+    target: Tensor  # [P] place in the pool
+    negatives: Tensor | None  # [R] or [P, R] places in the pool; None: all of it
+    log_q: Tensor | None  # [C]
+
+
+class SequentialModel(Model):
+    """A model on the events of users; as a retriever it scores an item by the cosine with the user's vector.
+
+    The item's vector is the row of its table, so that the whole catalogue is at hand without features.
+    """
+
+    ranks: bool = False  # whether it has logits of its own for the tasks
+    retrieves: bool = True
+    exports: bool = False  # how many tokens there are depends on the data
+
+    def __init__(self, config: SequentialConfig, layout: Layout):
+        super().__init__(layout)
+        self.config = config
+        self.series = layout.main_sequence(config.events)
+        self.item_table = layout.table[self.series.tables[0]]
+        items = layout.sides["item"]
+        names = [feature.name for feature in items.ids]
+        absent = next((name for name in self.series.query if name not in names), None)
+        if absent is not None:
+            raise InputError(
+                f"sequence {self.series.name!r} keeps {absent!r}, which no candidate has: move it to items"
+            )
+        self.item_column = names.index(self.series.query[0])
+        self.query_columns = [columns_of(items, name) for name in self.series.query]
+        if self.retrieves and self.item_table.dim != config.dim:
+            raise InputError(
+                f"--model.dim {config.dim}: to retrieve, it must be the width of {self.item_table.name!r}, which is "
+                f"{self.item_table.dim}: set --dim {config.dim}"
+            )
+        if config.positive and config.positive not in layout.tasks:
+            raise InputError(f"--model.positive {config.positive}: no such task; there are {', '.join(layout.tasks)}")
+
+    @abstractmethod
+    def encode_user(self, user: Embedded) -> Encoded: ...
+
+    def score(self, state: Encoded, items: Embedded, user_of_row: Tensor) -> Outputs:
+        """The cosine with the user's vector over the temperature, for every task."""
+        users = F.normalize(state.at_end, dim=-1, eps=1e-6)[user_of_row]
+        vectors = F.normalize(items.flat[:, self.query_columns[0]], dim=-1, eps=1e-6)
+        logits = (users * vectors).sum(-1, keepdim=True) / self.config.temperature
+        return Outputs(logits.float().expand(-1, len(self.layout.tasks)))
+
+    # -- training: every past event that is new in this example, and the row itself, is a target
+
+    def objective(self, batch: Batch) -> dict[str, Term]:
+        """The loss terms of a training batch, all lookups in one call."""
+        batch = batch.unshared()
+        goal = self.foreseen(batch) if self.retrieves else None
+        lookups = [] if goal is None else [Lookup(self.item_table.name, goal.pool)]
+        (user, items), found = self.embeddings.embed((batch.user, batch.items), lookups)
+        state = self.encode_user(user)
+        terms = self.ranking_terms(state, items, batch) if self.ranks else {}
+        if goal is not None:
+            terms["next"] = self.next_item(state, goal, found[0])
+        return terms
+
+    def ranking_terms(self, state: Encoded, items: Embedded, batch: Batch) -> dict[str, Term]:
+        """Loss terms of the tasks, for models that rank."""
+        return self.loss(self.score(state, items, batch.user_of_row), batch)
+
+    def foreseen(self, batch: Batch) -> Foreseen:
+        """The events after which something is to be foreseen, and what: a new event of the past or the row (spec C.3).
+
+        An event or row without the label `positive`, where one is asked for, is no target. Without negatives in the
+        batch the softmax is over the whole catalogue.
+        """
+        past = batch.user.lists[self.series.name]
+        lengths, wanted = past.lengths, self.new_events(batch)
+        rows = torch.ones(len(batch), dtype=torch.bool, device=lengths.device)
+        if self.config.positive:
+            j = self.layout.tasks.index(self.config.positive)
+            rows = (batch.labels[:, j] > 0) & (batch.weights[:, j] > 0)
+            if self.config.positive in self.series.actions:
+                k = self.series.actions.index(self.config.positive)
+                wanted = wanted & (batch.user.actions[self.series.name].values[:, k] > 0)
+        ids, has_past = past.values[:, 0].roll(-1), lengths > 0
+        last = past.offsets[1:][has_past] - 1
+        ids[last] = batch.items.ids[has_past, self.item_column]
+        wanted = wanted.roll(-1)
+        wanted[last] = rows[has_past]
+        at = (wanted & (ids >= FIRST_ID)).nonzero()[:, 0]
+        if batch.negatives is None:
+            return Foreseen(at, self.catalogue_ids(ids.device), ids[at] - FIRST_ID, None, None)
+        negatives = batch.negatives[at] if batch.negatives.ndim == 2 else batch.negatives
+        pool, target, negatives = distinct(self.item_table.rows, ids[at], negatives)
+        log_q = log_frequency(ids[at], self.item_table.rows)[pool] if self.config.log_q else None
+        return Foreseen(at, pool, target, negatives, log_q)
+
+    def new_events(self, batch: Batch) -> Tensor:
+        """[E] bool, whether each past event is a target of this example; U = B, user by user."""
+        past = batch.user.lists[self.series.name]
+        if batch.new_events is None:
+            return torch.zeros(len(past.values), dtype=torch.bool, device=past.values.device)
+        place = torch.arange(len(past.values), device=past.values.device)
+        to_end = torch.repeat_interleave(past.offsets[1:], past.lengths) - place
+        return to_end <= torch.repeat_interleave(batch.new_events, past.lengths)
+
+    def next_item(self, state: Encoded, goal: Foreseen, pool: Tensor) -> Term:
+        """Softmax over items at every event after which one is to be foreseen (spec C.6)."""
+        queries = F.normalize(state.at_event[goal.at].float(), dim=-1, eps=1e-6)
+        pool = F.normalize(pool.float(), dim=-1, eps=1e-6)
+        weights, temperature = state.foresees[goal.at].float(), self.config.temperature
+        if goal.negatives is None:
+            return full_softmax(queries, pool, goal.target, weights, temperature)
+        return sampled_softmax(queries, pool, goal.target, goal.negatives, weights, temperature, goal.log_q)
+
+    # -- retrieval
+
+    def catalogue_ids(self, device: torch.device | str) -> Tensor:
+        """[V] every real id of the item table."""
+        return torch.arange(FIRST_ID, self.item_table.rows, device=device)
+
+    def queries(self, batch: Batch) -> Tensor:
+        """[B, D] the unit vector of each row's user."""
+        (user,) = self.embeddings(batch.user)
+        return F.normalize(self.encode_user(user).at_end, dim=-1, eps=1e-6)[batch.user_of_row]
+
+    def places(self, batch: Batch, catalogue: Tensor) -> Tensor:
+        """[B] float64, the place of each row's item among all that its user has not had (spec C.7).
+
+        Infinite for an item that is not in the catalogue; NaN for a row without the label `positive`.
+        """
+        past = batch.user.lists[self.series.name].take(batch.user_of_row)
+        excluded = Jagged(past.values[:, 0] - FIRST_ID, past.offsets)
+        target = (batch.items.ids[:, self.item_column] - FIRST_ID).clamp(min=-1)
+        found = product_ranks(self.queries(batch), catalogue, target, excluded)
+        if self.config.positive:
+            j = self.layout.tasks.index(self.config.positive)
+            found[(batch.labels[:, j] == 0) | (batch.weights[:, j] == 0)] = torch.nan
+        return found
+
+    def catalogue(self) -> Tensor:
+        """[V, D] the unit vectors of all items, from the table's first real id on."""
+        ids = self.catalogue_ids(next(self.parameters()).device)
+        return F.normalize(self.embeddings.look_up([Lookup(self.item_table.name, ids)])[0], dim=-1, eps=1e-6)
+
+
+def columns_of(side: SideLayout, name: str) -> slice:
+    """Where a feature lies in the side's flat vector."""
+    first = 0
+    for feature in side.flat:
+        if feature.name == name:
+            return slice(first, first + feature.width)
+        first += feature.width
+    raise KeyError(name)
+
+
+def start_items(embeddings: EmbeddingCollection, table: str) -> None:
+    """Start a table's items as the published code does: normal with deviation 0.02, cut at two of them."""
+    weight = dict(embeddings.table_weights())[table]
+    with torch.no_grad():
+        nn.init.trunc_normal_(weight[FIRST_ID:], std=0.02, a=-0.04, b=0.04)

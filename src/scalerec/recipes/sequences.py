@@ -1,0 +1,52 @@
+"""Retrieval on MovieLens: HSTU and SASRec in the sizes of Meta's public code (spec C.5), all ratings as positives.
+
+Protocol `public` is that of the published scores, which looks at the test while it trains: the last epoch is kept.
+`--data.protocol validated --training.select ndcg@10` holds out the second-last event instead and stops by it.
+"""
+
+from __future__ import annotations
+
+from scalerec.data.source import Source
+from scalerec.data.sources.movielens_1m import MovieLens1M
+from scalerec.data.sources.movielens_100k import MovieLens100K
+from scalerec.data.sources.sequences import Sequences
+from scalerec.data.transforms import Negatives
+from scalerec.models.base import ModelConfig
+from scalerec.models.hstu import HSTUConfig
+from scalerec.models.sasrec import SASRecConfig
+from scalerec.training.optim import OptimizerConfig
+from scalerec.training.run import Run, TrainingConfig
+
+EPOCHS = 101
+WIDTH = 50
+
+
+def _run(name: str, source: Source, model: ModelConfig, epochs: int = EPOCHS) -> Run:
+    data = Sequences(of=source, protocol="public", max_len=200, actions=False)
+    optimizer = OptimizerConfig(dense="adamw", lr=1e-3, betas=(0.9, 0.98), embedding="dense", clip=0)
+    training = TrainingConfig(
+        epochs=epochs, batch_size=128, window_rows=8192, optimizer=optimizer, negatives=Negatives(count=128),
+        select="last", evaluate_every=480, save_every=240,
+    )  # fmt: skip
+    return Run(name=name, data=data, model=model, training=training, dim=WIDTH)
+
+
+def hstu_movielens_1m() -> Run:
+    return _run("hstu_movielens_1m", MovieLens1M(), HSTUConfig(dim=WIDTH, qk_dim=50, v_dim=50))
+
+
+def hstu_large_movielens_1m() -> Run:
+    model = HSTUConfig(dim=WIDTH, num_layers=8, num_heads=2, qk_dim=25, v_dim=25)
+    return _run("hstu_large_movielens_1m", MovieLens1M(), model)
+
+
+def sasrec_movielens_1m() -> Run:
+    return _run("sasrec_movielens_1m", MovieLens1M(), SASRecConfig(dim=WIDTH))
+
+
+def hstu_movielens_100k() -> Run:
+    return _run("hstu_movielens_100k", MovieLens100K(), HSTUConfig(dim=WIDTH, qk_dim=50, v_dim=50), epochs=30)
+
+
+def sasrec_movielens_100k() -> Run:
+    return _run("sasrec_movielens_100k", MovieLens100K(), SASRecConfig(dim=WIDTH), epochs=30)

@@ -1,0 +1,75 @@
+"""Runs are compared on the same rows, whether they read a log row by row or as sequences."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from scalerec.data.source import Source
+from scalerec.data.sources.sequences import Sequences
+from scalerec.data.sources.synthetic import Synthetic
+from scalerec.errors import InputError
+from scalerec.models.dlrm_mlp import DLRMMLPConfig
+from scalerec.studies.compare import compare
+from scalerec.training.run import Run, TrainingConfig
+
+LOG = Synthetic(rows=2_000)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCALEREC_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def run(name: str, data: Source) -> Run:
+    training = TrainingConfig(tensorboard=False, threads=1)
+    return Run(name=name, data=data, model=DLRMMLPConfig(hidden=(8,)), training=training)
+
+
+def test_a_log_and_its_sequences_are_compared_row_by_row(tmp_path: Path) -> None:
+    ranking, sequences = run("ranking", LOG), run("sequences", Sequences(of=LOG, max_len=20))
+    shorter = run("shorter", Sequences(of=LOG, max_len=5, fields=("item_a_1",)))
+    found = compare([ranking, sequences, shorter], tmp_path, seeds=1, replicates=20)
+    assert found["test_rows"] == 400
+    test = LOG.prepare().files
+    labels = pa.concat_tables(pq.read_table(file, columns=["click"]) for file in test)["click"].to_pylist()[1_600:]
+    assert found["best_reachable"]["click"]["auc"] > 0.7
+    for entry in (model["tasks"]["click"]["auc"] for model in found["models"][1:]):
+        assert entry["low"] <= entry["difference"] <= entry["high"]
+    written = {name: pq.read_table(tmp_path / name / "seed-0/test.parquet") for name in ("ranking", "sequences")}
+    for table in written.values():
+        table = table.sort_by("row")
+        assert table["row"].to_pylist() == list(range(1_600, 2_000))
+        assert table["click_label"].to_pylist() == labels
+    # The order of the rows decides nothing.
+    turned = compare([sequences, ranking], tmp_path, seeds=1, replicates=20)
+    one, other = (c["models"][1]["tasks"]["click"]["auc"]["difference"] for c in (turned, found))
+    assert one == pytest.approx(-other, abs=0.02)
+    assert turned["best_reachable"]["click"]["auc"] == pytest.approx(found["best_reachable"]["click"]["auc"])
+
+    table = written["sequences"]
+    for column, words in (("user", "users"), ("click_label", "labels"), ("row", "row numbers")):
+        changed = pa.array([value + 1 if column != "click_label" else 1 - value for value in table[column].to_pylist()])
+        broken = table.set_column(table.column_names.index(column), column, changed.cast(table[column].type))
+        pq.write_table(broken, tmp_path / "sequences/seed-0/test.parquet")
+        with pytest.raises(InputError, match=f"sequences and ranking were not tested on the same rows: their {words}"):
+            compare([ranking, sequences], tmp_path, seeds=1, replicates=20)
+
+
+def test_runs_that_are_not_tested_on_the_same_rows_are_refused(tmp_path: Path) -> None:
+    other = LOG.model_copy(update={"seed": 1})
+    split = LOG.split.model_copy(update={"test": 900_000_000})
+    data = [
+        LOG, other, LOG.model_copy(update={"split": split}), Sequences(of=LOG, protocol="public"),
+        Sequences(of=LOG, protocol="validated"), Sequences(of=other),
+    ]  # fmt: skip
+    for one, another in itertools.combinations(data[:5], 2):
+        with pytest.raises(InputError, match="read different data"):
+            compare([run("one", one), run("another", another)], tmp_path)
+    with pytest.raises(InputError, match="read different data"):
+        compare([run("one", LOG), run("another", data[5])], tmp_path)
+    assert Sequences(of=LOG, protocol="public", max_len=3).paired_with() == data[3].paired_with()

@@ -1,0 +1,51 @@
+"""Predictions are those of one large batch, however the rows are cut."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from scalerec import evaluate
+from scalerec.batch import Batch, Outputs, Rows
+
+
+def rows_of(side: str, count: int) -> Rows:
+    return Rows(side, torch.arange(count)[:, None], torch.zeros(count, 0), {}, {})
+
+
+def batch_of(count: int) -> Batch:
+    """Rows numbered from 0, of one user each; label, weight and user code follow from the number."""
+    index = torch.arange(count)
+    labels = torch.stack([index % 2, index % 3 == 0], 1).float()
+    return Batch(rows_of("user", count), rows_of("item", count), index, labels, labels + 1, index * 7, index)
+
+
+def model(batch: Batch) -> Outputs:
+    return Outputs(torch.cat([batch.items.ids, -batch.items.ids], 1) / 100)
+
+
+@pytest.mark.parametrize("sizes", [[57], [1] * 57, [16, 16, 16, 9], [3, 0, 20, 0, 0, 34], [40, 10, 5, 1, 1]])
+def test_rows_come_in_order_however_they_are_cut(sizes):
+    whole = batch_of(57)
+    cuts = [whole.take(index) for index in torch.arange(57).split(sizes)]
+    found, expected = evaluate.predict(model, cuts), evaluate.predict(model, [whole])
+    for name in found._fields:
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-6)
+        assert getattr(found, name).dtype == getattr(expected, name).dtype
+    assert found.index.tolist() == list(range(57)) and found.users.tolist() == list(range(0, 57 * 7, 7))
+    np.testing.assert_allclose(found.probabilities[:, 0], 1 / (1 + np.exp(-np.arange(57) / 100)), rtol=1e-6)
+
+
+def test_small_arrays_are_not_kept(monkeypatch):
+    joined = evaluate._joined
+    held: list[int] = []
+
+    def counted(parts: list[evaluate.Predictions]) -> evaluate.Predictions:
+        held.append(len(parts))
+        return joined(parts)
+
+    monkeypatch.setattr(evaluate, "_joined", counted)
+    whole = batch_of(1023)
+    assert len(evaluate.predict(model, (whole.take(index) for index in torch.arange(1023).split(1))).index) == 1023
+    assert max(held) == 10

@@ -1,0 +1,316 @@
+"""HSTU against what spec C demands of it: causality, masks, candidates that see their history and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from scalerec.batch import Batch, Jagged, Rows
+from scalerec.errors import InputError
+from scalerec.features.layout import FeatureLayout, GroupLayout, Layout, Table
+from scalerec.models.hstu import HSTU, HSTUConfig, State
+from scalerec.models.sasrec import SASRecConfig
+from scalerec.models.sequential import SequentialModel
+from scalerec.models.two_tower import TwoTowerConfig
+from scalerec.ops.candidate_attention import candidate_attention, candidate_attention_reference
+
+ITEMS, TABS, CITIES = 30, 8, 9
+NOW = 1.1e9
+RESEARCH: dict[str, Any] = {"dim": 8, "qk_dim": 6, "v_dim": 5, "num_heads": 2, "slack": 3}
+
+
+def layout(context: bool = False, slow: bool = False, max_len: int = 12) -> Layout:
+    events = FeatureLayout(
+        name="events", kind="sequence", width=8, tables=("item",), query=("item",), max_len=max_len, time=True,
+        actions=("like",),
+    )  # fmt: skip
+    tabs = FeatureLayout(
+        name="tabs", kind="sequence", width=8, tables=("tab",), query=("tab",), max_len=5, time=True, runs=True
+    )
+    city = FeatureLayout(name="city", kind="id", width=8, tables=("city",))
+    item = FeatureLayout(name="item", kind="id", width=8, tables=("item",))
+    tab = FeatureLayout(name="tab", kind="id", width=8, tables=("tab",))
+    groups = [GroupLayout(name="context", side="user", features=(city,))] if context else []
+    groups.append(GroupLayout(name="past", side="user", features=(events, tabs) if slow else (events,)))
+    groups.append(GroupLayout(name="item", side="item", features=(item, tab)))
+    tables = (Table(name="item", rows=ITEMS, dim=8), Table(name="tab", rows=TABS, dim=8))
+    return Layout(
+        tables=(*tables, Table(name="city", rows=CITIES, dim=8)), groups=tuple(groups), tasks=("like",)
+    )  # fmt: skip
+
+
+def jagged(values: Tensor, lengths: list[int]) -> Jagged:
+    return Jagged.from_lengths(values, torch.tensor(lengths))
+
+
+def moments(lengths: list[int], generator: torch.Generator) -> Tensor:
+    return torch.cat(
+        [1e9 + 60 * torch.randint(0, 10**6, (n,), generator=generator).double().sort()[0] for n in lengths]
+    )
+
+
+def batch(
+    lengths: list[int], rows_of: list[int] | None = None, context: bool = False, slow: list[int] | None = None,
+    seed: int = 0, new: list[int] | None = None,
+) -> Batch:  # fmt: skip
+    """Random histories of these lengths and a row for each number in `rows_of` (default: one for each user)."""
+    draw = torch.Generator().manual_seed(seed)
+    users, total = len(lengths), sum(lengths)
+    rows_of = list(range(users)) if rows_of is None else rows_of
+    lists = {"events": jagged(torch.randint(3, ITEMS, (total, 1), generator=draw), lengths)}
+    times = {"events": jagged(moments(lengths, draw), lengths)}
+    actions = {"events": jagged(torch.randint(0, 2, (total, 1), generator=draw).float(), lengths)}
+    if slow is not None:
+        lists["tabs"] = jagged(torch.randint(3, TABS, (sum(slow), 1), generator=draw), slow)
+        times["tabs"] = jagged(moments(slow, draw), slow)
+    ids = torch.randint(3, CITIES, (users, 1 if context else 0), generator=draw)
+    now = torch.full((users,), NOW, dtype=torch.float64)
+    user = Rows("user", ids, torch.zeros(users, 0), lists, times, actions, now)
+    n = len(rows_of)
+    pairs = torch.stack([torch.randint(3, high, (n,), generator=draw) for high in (ITEMS, TABS)], 1)
+    items = Rows("item", pairs, torch.zeros(n, 0), {}, {})
+    ones = torch.ones(n, 1)
+    labels = torch.randint(0, 2, (n, 1), generator=draw).float()
+    new_events = torch.tensor(new if new is not None else [0] * n)
+    return Batch(user, items, torch.tensor(rows_of), labels, ones, torch.arange(n), torch.arange(n), new_events)
+
+
+def awake(config: Any, of: Layout) -> Any:
+    """A model in evaluation mode whose weights are all far from zero."""
+    torch.manual_seed(1)
+    model = config.build(of)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def alone(model: SequentialModel, whole: Batch) -> Tensor:
+    return torch.cat([model(whole.take(torch.tensor([b]))).logits for b in range(len(whole))])
+
+
+def state_of(model: HSTU, of: Batch) -> State:
+    return model.encode_user(model.embeddings(of.user)[0])
+
+
+def changed_event(of: Batch, event: int, item: int | None = None, label: float | None = None) -> Batch:
+    """The batch with the item or the label of one past event replaced."""
+    lists, actions = of.user.lists["events"], of.user.actions["events"]
+    if item is not None:
+        lists = replace(lists, values=lists.values.clone().index_fill_(0, torch.tensor([event]), item))
+    if label is not None:
+        actions = replace(actions, values=actions.values.clone().index_fill_(0, torch.tensor([event]), label))
+    user = replace(of.user, lists={**of.user.lists, "events": lists}, actions={"events": actions})
+    return replace(of, user=user)
+
+
+VARIANTS = [
+    {"variant": variant, "attention": attention, "actions": actions}
+    for variant in ("research", "production")
+    for attention in ("silu", "softmax")
+    for actions in ("interleaved", "additive", "none")
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(o.values()))
+@pytest.mark.parametrize(("context", "slow"), [(False, None), (True, [2, 1, 0, 3])], ids=["plain", "merged"])
+def test_a_candidate_scores_alone_as_among_others(options: dict, context: bool, slow: list[int] | None):
+    """M-FALCON's promise, for histories of 0, some and N events, and any micro-batch (spec C.11)."""
+    of = layout(context, slow is not None)
+    whole = batch([4, 0, 7, 12], [2, 0, 1, 2, 3, 2, 0], context, slow)
+    model = awake(HSTUConfig(goal="ranking", **RESEARCH, **options), of)
+    expected = alone(model, whole)
+    torch.testing.assert_close(model(whole).logits, expected, atol=1e-5, rtol=1e-5)
+    request = whole.take(torch.tensor([0, 3, 5]))
+    assert len(request.user) == 1
+    for micro in (1, 2, 3, 64):
+        model.config = model.config.model_copy(update={"micro_batch": micro})
+        torch.testing.assert_close(model(request).logits, expected[[0, 3, 5]], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("actions", ["interleaved", "none"])
+@pytest.mark.parametrize("attention", ["silu", "softmax"])
+@pytest.mark.parametrize(("context", "slow"), [(False, None), (True, [2, 1, 0, 3]), (True, None)])
+def test_a_candidate_is_the_next_event_of_its_history(
+    actions: str, attention: str, context: bool, slow: list[int] | None
+):
+    """Scored over cached keys and values, or put at the end of the sequence: the same (spec C.11)."""
+    options: dict[str, Any] = {"actions": actions, "attention": attention}
+    of = layout(context, slow is not None, max_len=13)
+    whole = batch([4, 0, 7, 12], None, context, slow)
+    model = awake(HSTUConfig(goal="ranking", **RESEARCH, **options), of)
+    user, rows = whole.user, torch.arange(4)
+
+    def with_row(past: Jagged, last: Tensor) -> Jagged:
+        return Jagged.cat([
+            jagged(torch.cat([past.take(rows[u : u + 1]).values, last[u : u + 1]]), [int(past.lengths[u]) + 1])
+            for u in range(4)
+        ])  # fmt: skip
+
+    assert user.now is not None
+    lists = {**user.lists, "events": with_row(user.lists["events"], whole.items.ids[:, :1])}
+    times = {**user.times, "events": with_row(user.times["events"], user.now)}
+    acts = {"events": with_row(user.actions["events"], torch.full((4, 1), torch.nan))}
+    longer = replace(whole, user=replace(user, lists=lists, times=times, actions=acts))
+    state = state_of(model, longer)
+    last = longer.user.lists["events"].offsets[1:] - 1
+    assert model.heads is not None
+    torch.testing.assert_close(model.heads(state.hidden[state.event[last]]), model(whole).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("config", [
+    HSTUConfig(dim=8, qk_dim=6, v_dim=5, num_heads=2, actions="additive"), SASRecConfig(dim=8),
+    TwoTowerConfig(dim=8, hidden=(16,)),
+], ids=lambda config: config.kind)  # fmt: skip
+def test_no_event_sees_a_later_one(config: Any):
+    model = awake(config, layout())
+    whole = batch([9, 5])
+    before = model.encode_user(model.embeddings(whole.user)[0]).at_event
+    after = model.encode_user(model.embeddings(changed_event(whole, 6, item=3, label=1.0).user)[0]).at_event
+    assert torch.equal(before[:6], after[:6])
+    torch.testing.assert_close(before[9:], after[9:])
+    assert not torch.allclose(before[6:9], after[6:9])
+
+
+def test_an_action_is_seen_from_the_next_event_on():
+    """Spec C.16, 6: flipping a_i changes nothing at content i and the prediction at content i + 1."""
+    model = awake(HSTUConfig(goal="ranking", actions="interleaved", **RESEARCH), layout())
+    whole = batch([9, 5])
+    other = changed_event(whole, 4, label=1 - float(whole.user.actions["events"].values[4]))
+    before, after = (state.hidden[state.event] for state in (state_of(model, whole), state_of(model, other)))
+    assert torch.equal(before[:5], after[:5])
+    assert not torch.allclose(before[5], after[5])
+
+
+@pytest.mark.parametrize("actions", ["interleaved", "additive"])
+def test_labels_of_rows_do_not_reach_their_scores(actions: Any):
+    model = awake(HSTUConfig(goal="ranking", actions=actions, **RESEARCH), layout())
+    whole = batch([9, 5], new=[9, 5])
+    terms, flipped = (model.objective(b)["like"].weight for b in (whole, replace(whole, labels=1 - whole.labels)))
+    assert torch.equal(terms, flipped)
+    assert torch.equal(model(whole).logits, model(replace(whole, labels=1 - whole.labels)).logits)
+
+
+def test_events_without_history_or_label_count_as_they_should():
+    """Interleaved, every new event with a label is a target beside the row; additive, the row alone."""
+    whole = batch([9, 5, 0], new=[4, 9, 0])
+    whole = changed_event(whole, 6, label=float("nan"))
+    for actions, targets in (("interleaved", 3 + 3 + 5), ("additive", 3)):
+        config = HSTUConfig(goal="ranking", actions=actions, **RESEARCH)  # type: ignore[arg-type]
+        assert awake(config, layout()).objective(whole)["like"].weight == targets
+
+
+def test_retrieval_foresees_new_events_and_the_row():
+    """Spec C.3 and C.16, 5: an event that is not new, not positive or not in the catalogue is no target."""
+    whole = batch([5, 3, 0], new=[2, 3, 0])
+    events = whole.user.lists["events"].values[:, 0]
+    model = awake(HSTUConfig(dim=8, qk_dim=6, v_dim=5), layout())
+    found = model.foreseen(whole)
+    # User 0: events 3 and 4 are new, foreseen after 2 and 3, the row after 4. User 1: all but the first, and the row.
+    assert found.at.tolist() == [2, 3, 4, 5, 6, 7]
+    rows = whole.items.ids[:, 0]
+    expected = [events[3], events[4], rows[0], events[6], events[7], rows[1]]
+    assert found.pool[found.target].tolist() == [int(value) for value in expected]
+    assert model.objective(whole)["next"].weight == 6
+
+    unknown = changed_event(whole, 4, item=1)
+    assert model.foreseen(unknown).at.tolist() == [2, 4, 5, 6, 7]
+    liked = awake(HSTUConfig(dim=8, qk_dim=6, v_dim=5, positive="like"), layout())
+    actions = torch.tensor([1, 1, 1, 0, 1, 1, 0, 1.0])[:, None]
+    past = replace(whole.user, actions={"events": jagged(actions, [5, 3, 0])})
+    wanted = replace(whole, user=past, labels=torch.tensor([[0.0], [1.0], [1.0]]))
+    assert liked.foreseen(wanted).at.tolist() == [3, 6, 7]
+
+
+def test_what_follows_a_slow_series_is_not_foreseen():
+    """Spec C.3: no loss where the next token is not content."""
+    whole = batch([3], slow=[1], new=[3])
+    times = {
+        "events": jagged(torch.tensor([1.0, 2.0, 4.0]).double(), [3]),
+        "tabs": jagged(torch.tensor([3.0]).double(), [1]),
+    }
+    whole = replace(whole, user=replace(whole.user, times=times))
+    model = awake(HSTUConfig(dim=8, qk_dim=6, v_dim=5), layout(slow=True))
+    assert model.tokens(model.embeddings(whole.user)[0]).foresees.tolist() == [True, False, True]
+    assert model.objective(whole)["next"].weight == 2
+
+
+def test_streams_are_merged_by_time():
+    """Prefix first, content with its action behind it, a slow series after content of the same time (spec C.2)."""
+    whole = batch([2], slow=[2], context=True)
+    times = {
+        "events": jagged(torch.tensor([5.0, 7.0]).double(), [2]),
+        "tabs": jagged(torch.tensor([5.0, 6.0]).double(), [2]),
+    }
+    whole = replace(whole, user=replace(whole.user, times=times))
+    model = awake(HSTUConfig(goal="joint", actions="interleaved", **{**RESEARCH, "num_heads": 1}), layout(True, True))
+    tokens = model.tokens(model.embeddings(whole.user)[0])
+    # city, item 0, its action, tab 0, tab 1, item 1, its action
+    assert tokens.times.tolist() == [5, 5, 5, 5, 6, 7, 7]
+    assert tokens.event.tolist() == [1, 5]
+    assert tokens.after.tolist() == [2, 6]
+    assert tokens.foresees.tolist() == [False, True]
+
+
+def test_layers_computed_again_in_the_backward_pass_give_the_same():
+    whole = batch([9, 5, 0], new=[9, 5, 0])
+    grown = []
+    for recompute in (False, True):
+        model = awake(
+            HSTUConfig(goal="joint", actions="interleaved", recompute=recompute, dropout=0, **RESEARCH), layout()
+        )
+        model.train()
+        sum(term.sum for term in model.objective(whole).values()).backward()
+        grown.append([p.grad.to_dense() for p in model.parameters() if p.grad is not None])
+    for one, other in zip(*grown):
+        torch.testing.assert_close(one, other)
+
+
+def test_parameters_are_the_published_ones():
+    """Spec C.5: 26.2 thousand in two layers of the small model, 104.8 in the eight of the large one, 30.6 of SASRec."""
+    events = FeatureLayout(
+        name="events", kind="sequence", width=50, tables=("item",), query=("item",), max_len=200, time=True
+    )
+    item = FeatureLayout(name="item", kind="id", width=50, tables=("item",))
+    groups = (
+        GroupLayout(name="past", side="user", features=(events,)),
+        GroupLayout(name="item", side="item", features=(item,)),
+    )
+    of = Layout(tables=(Table(name="item", rows=3953, dim=50),), groups=groups, tasks=("like",))
+    small = HSTUConfig(dim=50).build(of)
+    assert small.parts() == {"stack": 26_200 // 100 * 100 + small.parts()["stack"] % 100, "tokens": 10_550, "heads": 0}
+    assert small.parts()["stack"] == 2 * (2 * 50 * 100 + 50 * 50 + 50 + 421 + 129) == 26_200
+    large = HSTUConfig(dim=50, num_layers=8, num_heads=2, qk_dim=25, v_dim=25).build(of)
+    assert large.parts()["stack"] == 104_800
+    assert round(SASRecConfig(dim=50).build(of).parts()["stack"], -2) == 30_600
+
+
+def test_a_table_of_another_width_cannot_retrieve():
+    with pytest.raises(InputError, match="--dim 16"):
+        HSTUConfig(dim=16).build(layout())
+
+
+@pytest.mark.parametrize("normalise", ["silu", "softmax"])
+@pytest.mark.parametrize("users", [1, 3])
+def test_candidate_attention_is_its_plain_twin(normalise: Any, users: int):
+    torch.manual_seed(0)
+    lengths = torch.tensor([4, 0, 7][:users])
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    total, rows = int(lengths.sum()), 6
+    user_of_row = torch.randint(0, users, (rows,))
+    shapes = [(rows, 2, 3), (rows, 2, 3), (rows, 2, 5), (total, 2, 3), (total, 2, 5), (total,), ()]
+    given = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    *tensors, bias, own = given
+    options: dict[str, Any] = {"bias": bias, "own_bias": own, "scale": 0.1, "alpha": 0.7, "normalise": normalise}
+    found = candidate_attention(*tensors, offsets, user_of_row, **options)
+    expected = candidate_attention_reference(*tensors, offsets, user_of_row, **options)
+    torch.testing.assert_close(found, expected)
+    weight = torch.randn_like(expected)
+    for one, other in zip(
+        torch.autograd.grad((found * weight).sum(), given), torch.autograd.grad((expected * weight).sum(), given)
+    ):
+        torch.testing.assert_close(one, other)
