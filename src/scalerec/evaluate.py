@@ -15,6 +15,7 @@ from scalerec import metrics, topk
 from scalerec.batch import Batch, Outputs
 from scalerec.models.sequential import SequentialModel
 
+BATCH = 1024  # rows: so that evaluating takes no more memory than training
 NEXT = "next"  # what retrieval is measured as, beside the tasks
 
 
@@ -33,7 +34,7 @@ class Predictions(NamedTuple):
 def predict(model: Callable[[Batch], Outputs], batches: Iterable[Batch]) -> Predictions:
     """Scores of every row of `batches`; the model is taken as it is (eager, compiled, exported, sharded)."""
     retriever = model if isinstance(model, SequentialModel) and model.retrieves else None
-    catalogue = None if retriever is None else retriever.catalogue()
+    catalogue = torch.zeros(0) if retriever is None else retriever.catalogue()
     parts: list[Predictions] = []
     for batch in batches:
         none = batch.labels.new_zeros(len(batch), 0)

@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -13,7 +14,10 @@ from scalerec.data.source import Source
 from scalerec.data.sources.sequences import Sequences
 from scalerec.data.sources.synthetic import Synthetic
 from scalerec.errors import InputError
+from scalerec.features.layout import Layout
 from scalerec.models.dlrm_mlp import DLRMMLPConfig
+from scalerec.models.hstu import HSTUConfig
+from scalerec.models.sasrec import SASRecConfig
 from scalerec.studies.compare import compare
 from scalerec.training.run import Run, TrainingConfig
 
@@ -73,3 +77,29 @@ def test_runs_that_are_not_tested_on_the_same_rows_are_refused(tmp_path: Path) -
     with pytest.raises(InputError, match="read different data"):
         compare([run("one", LOG), run("another", data[5])], tmp_path)
     assert Sequences(of=LOG, protocol="public", max_len=3).paired_with() == data[3].paired_with()
+
+
+def test_retrievers_are_compared_by_where_they_put_the_item(tmp_path: Path) -> None:
+    data = Sequences(of=LOG, max_len=20, protocol="public")
+    training = TrainingConfig(tensorboard=False, threads=1, select="last")
+    runs = [
+        Run(name=config.kind, data=data, model=config, training=training, dim=8)
+        for config in (HSTUConfig(dim=8, qk_dim=8, v_dim=8), SASRecConfig(dim=8))
+    ]
+    found = compare(runs, tmp_path, seeds=2, replicates=20)
+    assert list(found["tasks"]) == ["next"]
+    entry = found["models"][1]["tasks"]["next"]["hr@50"]
+    places = {run.name: [pq.read_table(tmp_path / run.name / f"seed-{s}/test.parquet") for s in (0, 1)] for run in runs}
+    hits = {
+        name: [pc.mean(pc.less_equal(t["next_place"], 50)).as_py() for t in tables] for name, tables in places.items()
+    }
+    assert entry["values"] == pytest.approx(hits["sasrec"])
+    assert entry["low"] <= entry["difference"] <= entry["high"]
+    assert sum(hits["sasrec"]) / 2 - sum(hits["hstu"]) / 2 == pytest.approx(entry["difference"], abs=0.02)
+    assert "| model | HR@10 |" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "report.png").exists()
+
+
+def test_a_ranker_without_tasks_is_refused() -> None:
+    with pytest.raises(InputError, match="ranks by tasks"):
+        DLRMMLPConfig().build(Layout(tables=(), groups=(), tasks=()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 ROW_GROUP = 65_536
 GROUPS_A_PART = 16
+EARLIER = "earlier"  # a folder beside the parts
 
 
 def write_parts(folder: Path, pieces: Iterable[pa.Table]) -> int:
@@ -30,3 +31,15 @@ def write_parts(folder: Path, pieces: Iterable[pa.Table]) -> int:
         if writer is not None:
             writer.close()
     return rows
+
+
+def write_earlier(folder: Path, events: pa.Table) -> None:
+    """Write events from before the log, which are only past: columns of the log, missing where not known, in order."""
+    (folder / EARLIER).mkdir()
+    pq.write_table(events, folder / EARLIER / "events.parquet", compression="zstd", row_group_size=ROW_GROUP)
+
+
+def earlier(files: Sequence[Path]) -> pq.ParquetFile | None:
+    """The events from before the log of a prepared source, if it has any."""
+    path = files[0].parent / EARLIER / "events.parquet"
+    return pq.ParquetFile(path) if path.exists() else None

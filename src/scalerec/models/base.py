@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from scalerec.batch import Batch, Outputs
 from scalerec.config import Component
+from scalerec.errors import InputError
 from scalerec.features.layout import FeatureLayout, Layout
 from scalerec.layers.embedding import Embedded, EmbeddedSequence, EmbeddingCollection
 from scalerec.layers.sequence import DIN, masked_mean
@@ -41,6 +42,8 @@ class Model(nn.Module):
 
     def __init__(self, layout: Layout):
         super().__init__()
+        if self.ranks and not layout.tasks:
+            raise InputError(f"{type(self).__name__} ranks by tasks and the schema names none: give it `tasks`")
         self.layout = layout
         self.embeddings = EmbeddingCollection(layout)
 

@@ -5,6 +5,8 @@ U users   L longest history   D width   H heads
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
@@ -76,24 +78,38 @@ class SASRec(SequentialModel):
     def encode_user(self, user: Embedded) -> Encoded:
         """Histories of U users, the item alone of each event."""
         sequence = user.sequences[self.series.name]
-        values, mask = sequence.values[..., : self.config.dim], sequence.mask
-        x = self.dropout(values * self.config.dim**0.5 + self.place[: values.shape[1]]) * mask[..., None]
-        for block in self.blocks:
-            x = block(x) * mask[..., None]
-        lengths = mask.sum(1)
-        at_end = x[torch.arange(len(x), device=x.device), (lengths - 1).clamp(min=0)]
-        return Encoded(x[mask], at_end, torch.ones_like(lengths, dtype=torch.bool).repeat_interleave(lengths))
+        vectors = sequence.values[..., : self.config.dim] * self.config.dim**0.5
+        lengths = sequence.mask.sum(1)
+        outputs = torch.zeros_like(vectors)
+        for users, longest in _alike(lengths):
+            x = vectors[users, :longest] + self.place[:longest]
+            mask = sequence.mask[users, :longest, None]
+            x = self.dropout(x) * mask
+            for block in self.blocks:
+                x = block(x) * mask
+            outputs[users, :longest] = x
+        at_end = outputs[torch.arange(len(lengths), device=lengths.device), (lengths - 1).clamp(min=0)]
+        foresees = torch.ones(int(lengths.sum()), dtype=torch.bool, device=lengths.device)
+        return Encoded(outputs[sequence.mask], at_end, foresees)
 
     def flops(self, batch: Batch) -> int:
-        """Per padded event and block 6 D^2 (with F = D) and, of the attention, 2 D a pair of the whole square."""
-        past = batch.user.lists[self.series.name]
-        longest = max(int(past.lengths.max()) if len(past) else 0, 1)
+        """Per padded event and block 4 D^2 + 2 D F and, of the attention, 2 D for each pair of the whole square."""
         d, hidden = self.config.dim, self.config.ffn_dim or self.config.dim
-        each = 4 * d * d + 2 * d * hidden + 2 * longest * d
-        return 2 * len(past) * longest * self.config.num_layers * each
+        macs = 0
+        for users, longest in _alike(batch.user.lists[self.series.name].lengths):
+            macs += len(users) * longest * (4 * d * d + 2 * d * hidden + 2 * longest * d)
+        return 2 * macs * self.config.num_layers
 
     def parts(self) -> dict[str, int]:
         return {"stack": count(self.blocks), "positions": self.place.numel()}
+
+
+def _alike(lengths: Tensor, count: int = 16) -> Iterator[tuple[Tensor, int]]:
+    """Users of similar length [count] and the longest among them, so that little padding is computed."""
+    for users in lengths.argsort(stable=True).split(count):
+        longest = int(lengths[users].max()) if len(users) else 0
+        if longest:
+            yield users, longest
 
 
 def tiny() -> SASRecConfig:

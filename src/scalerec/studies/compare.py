@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,17 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from scalerec import checkpoint, evaluate, metrics
+from scalerec import checkpoint, evaluate, metrics, topk
 from scalerec.config import override
 from scalerec.data.reader import ParquetRows
 from scalerec.errors import InputError
-from scalerec.evaluate import Predictions
+from scalerec.evaluate import NEXT, Predictions
 from scalerec.studies import reference, report
 from scalerec.training.run import Run
 from scalerec.training.train import check_same, train
 
 METRICS: tuple[metrics.Metric, ...] = ("auc", "uauc", "ne")
+OF_PLACES = ("hr@10", "ndcg@10", "hr@50", "hr@200")  # of retrieval
 
 
 def compare(
@@ -71,11 +73,16 @@ def compare(
         found = [evaluate.read(out / name / f"seed-{seed}" / "test.parquet", tasks) for seed in range(seeds)]
         base = predictions[names[0]][0] if predictions else found[0]
         predictions[name] = [_aligned(p, base, name, names[0]) for p in found]
+    measured: dict[str, tuple[str, ...]] = {
+        task: METRICS for task in tasks if any(task in r[0]["test"] for r in results.values())
+    }
+    if any(NEXT in r[0]["test"] for r in results.values()):
+        measured[NEXT] = OF_PLACES
     comparison = {
-        "command": command, "seeds": seeds, "data": first.data.model_dump(mode="json"), "tasks": tasks,
+        "command": command, "seeds": seeds, "data": first.data.model_dump(mode="json"), "tasks": measured,
         "notes": first.data.prepare().notes, "machine": report.machine(), "reference": names[0],
         "test_rows": len(predictions[names[0]][0].users), "test_users": len(np.unique(predictions[names[0]][0].users)),
-        "models": [_row(name, results[name], predictions, names[0], tasks, replicates) for name in names],
+        "models": [_row(name, results[name], predictions, names[0], measured, replicates) for name in names],
         "best_reachable": _best_reachable(first, predictions[names[0]][0], tasks),
     }  # fmt: skip
     report.write(comparison, out)
@@ -119,8 +126,8 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _row(
-    name: str, results: list[dict], predictions: dict[str, list[Predictions]], first: str, tasks: list[str],
-    replicates: int,
+    name: str, results: list[dict], predictions: dict[str, list[Predictions]], first: str,
+    measured: Mapping[str, tuple[str, ...]], replicates: int,
 ) -> dict[str, Any]:  # fmt: skip
     """One model's line: sizes; per task and metric the mean, the spread over seeds, the difference to the first."""
     parameters = results[0].get("parameters", {})
@@ -132,10 +139,11 @@ def _row(
         "seconds": float(np.mean([result["seconds"] for result in results])),
         "tasks": {},
     }
-    for j, task in enumerate(tasks):
-        mine, base = (_scores(predictions[n], j) for n in (name, first))
+    for j, task in enumerate(measured):
+        if task not in results[0]["test"]:
+            continue  # what this model is not made for
         row["tasks"][task] = {}
-        for metric in METRICS:
+        for metric in measured[task]:
             values = [result["test"][task][metric] for result in results]
             entry = {
                 "values": values,
@@ -143,12 +151,28 @@ def _row(
                 "spread": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
             }
             if name != first:
-                users, labels, scores = mine
-                change = metrics.paired_bootstrap(users, labels, base[2], scores, metric, replicates)
-                entry |= {"difference": change.mean, "low": change.low, "high": change.high}
-                entry["resolved"] = change.resolved
+                change = _difference(predictions[first], predictions[name], task, j, metric, replicates)
+                if change is not None:
+                    entry |= {"difference": change.mean, "low": change.low, "high": change.high}
+                    entry["resolved"] = change.resolved
             row["tasks"][task][metric] = entry
     return row
+
+
+def _difference(
+    base: list[Predictions], mine: list[Predictions], task: str, j: int, metric: Any, replicates: int
+) -> metrics.Difference | None:
+    """What `mine` is better than `base`, over users and seeds; None where the base is not made for the task."""
+    if task == NEXT:
+        if not base[0].places.shape[1]:
+            return None
+        asked = ~np.isnan(mine[0].places[:, 0])
+        of_base, of_mine = (np.stack([p.places[asked, 0] for p in some]) for some in (base, mine))
+        return topk.paired_bootstrap(mine[0].users[asked], of_base, of_mine, metric, replicates)
+    if not base[0].probabilities.shape[1]:
+        return None
+    users, labels, scores = _scores(mine, j)
+    return metrics.paired_bootstrap(users, labels, _scores(base, j)[2], scores, metric, replicates)
 
 
 def _aligned(predictions: Predictions, base: Predictions, name: str, base_name: str) -> Predictions:

@@ -13,6 +13,7 @@ import torch
 
 import scalerec
 
+TITLES = {"auc": "AUC", "uauc": "UAUC", "ne": "NE"}
 SMALL_TEST = 50_000  # rows; below it a report says that the test set is small
 
 
@@ -45,12 +46,13 @@ def markdown(found: dict[str, Any]) -> str:
     for model in found["models"]:
         sizes = (f"{model[key]:,.0f}" if model[key] else "" for key in ("dense_parameters", "flops_per_row"))
         lines.append(f"| {model['name']} | {' | '.join(sizes)} | {model['seconds']:.0f} |")
-    for task in found["tasks"]:
-        lines += ["", f"## {task}", "", "| model | AUC | difference | UAUC | difference | NE | difference |"]
-        lines.append("|---|---:|---|---:|---|---:|---|")
+    for task, metrics in found["tasks"].items():
+        titles = " | ".join(f"{TITLES.get(metric, metric.upper())} | difference" for metric in metrics)
+        lines += ["", f"## {task}", "", f"| model | {titles} |", "|---|" + "---:|---|" * len(metrics)]
         for model in found["models"]:
-            cells = [cell for metric in ("auc", "uauc", "ne") for cell in _cells(model["tasks"][task][metric])]
-            lines.append(f"| {model['name']} | {' | '.join(cells)} |")
+            if task in model["tasks"]:
+                cells = [cell for metric in metrics for cell in _cells(model["tasks"][task][metric])]
+                lines.append(f"| {model['name']} | {' | '.join(cells)} |")
         best = found["best_reachable"].get(task)
         if best:
             lines.append(f"| *best reachable* | {best['auc']:.4f} | | {best['uauc']:.4f} | | {best['ne']:.4f} | |")
@@ -68,7 +70,7 @@ def _cells(entry: dict[str, Any]) -> tuple[str, str]:
 
 
 def _figure(found: dict[str, Any], path: Path) -> None:
-    """AUC differences to the first model with their intervals, one panel per task."""
+    """Differences to the first model with their intervals, one panel per task."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -79,16 +81,17 @@ def _figure(found: dict[str, Any], path: Path) -> None:
         return
     tasks = found["tasks"]
     figure, axes = plt.subplots(1, len(tasks), figsize=(3.2 * len(tasks) + 1.2, 0.6 * len(others) + 1.6), sharey=True)
-    for axis, task in zip([axes] if len(tasks) == 1 else axes, tasks):
+    for axis, (task, metrics) in zip([axes] if len(tasks) == 1 else axes, tasks.items()):
         for y, model in enumerate(others):
-            entry = model["tasks"][task]["auc"]
-            axis.plot([100 * entry["low"], 100 * entry["high"]], [y, y], color="tab:blue")
-            axis.plot(100 * entry["difference"], y, "o", color="tab:blue" if entry["resolved"] else "lightgrey")
+            entry = model["tasks"].get(task, {}).get(metrics[0], {})
+            if "difference" in entry:
+                axis.plot([100 * entry["low"], 100 * entry["high"]], [y, y], color="tab:blue")
+                axis.plot(100 * entry["difference"], y, "o", color="tab:blue" if entry["resolved"] else "lightgrey")
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.set_title(task)
+        axis.set_title(f"{task}: {TITLES.get(metrics[0], metrics[0].upper())}")
         axis.set_yticks(range(len(others)), [model["name"] for model in others])
         axis.set_ylim(len(others) - 0.5, -0.5)
-    figure.supxlabel(f"AUC x 100 minus that of {found['reference']}, 95 % interval", fontsize=9)
+    figure.supxlabel(f"x 100 minus that of {found['reference']}, 95 % interval", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

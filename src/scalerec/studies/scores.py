@@ -16,8 +16,7 @@ from scalerec import checkpoint
 from scalerec.data.reader import ParquetRows, find_parquet
 from scalerec.data.split import NoSplit
 from scalerec.errors import InputError
-
-BATCH = 4096
+from scalerec.evaluate import BATCH
 
 
 def score_files(folder: Path, source: str, out: Path, *, skip_bad_shards: bool = False) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from scalerec.data.loader import Loader
 from scalerec.data.reader import ParquetRows, find_parquet
 from scalerec.data.split import NoSplit, Part
 from scalerec.errors import InputError
-from scalerec.evaluate import Predictions
+from scalerec.evaluate import BATCH, Predictions
 from scalerec.evaluate import predict as predict_batches
 from scalerec.evaluate import tables as tables_of
 from scalerec.features.encoder import Encoder
@@ -40,7 +40,7 @@ def evaluate_run(
         rows, part = ParquetRows(find_parquet(data), NoSplit()), "train"
     else:
         rows = ParquetRows.of(run.data, run.data.prepare(), skip_bad_shards=run.skip_bad_shards)
-    predictions = predict_batches(saved.model(), Loader(rows, saved.encoder, part, 4096))
+    predictions = predict_batches(saved.model(), Loader(rows, saved.encoder, part, BATCH))
     if keep_rate != 1.0:
         corrected = metrics.recalibrate(predictions.probabilities, keep_rate).astype(np.float32)
         predictions = predictions._replace(probabilities=corrected)

@@ -29,7 +29,6 @@ from scalerec.training.optim import load_state_tensors, state_tensors
 from scalerec.training.run import Run
 from scalerec.training.warm_start import transfer
 
-EVALUATION_BATCH = 1024  # so that evaluating takes no more memory than training
 FLOPS_SAMPLE = 4096  # rows
 
 
@@ -228,7 +227,7 @@ class Training:
         """Scores of a part's rows, in their order, by the model as it stands."""
         self.model.eval()
         counts, self.encoder.counts = self.encoder.counts, Counter()
-        loader = Loader(self.rows, self.encoder, part, EVALUATION_BATCH)
+        loader = Loader(self.rows, self.encoder, part, evaluate.BATCH)
         found = evaluate.predict(self.model, (batch.to(self.device) for batch in loader))
         self.encoder.counts = counts
         self.model.train()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
-from scalerec.data.parts import ROW_GROUP, write_parts
+from scalerec.data.parts import ROW_GROUP, write_earlier, write_parts
 from scalerec.data.running import Earlier, codes, rate
 from scalerec.data.source import Source, cache_root, data_root
 from scalerec.data.split import Split, TimeSplit
@@ -65,6 +65,7 @@ RATES = ("click", "long_view", "finish", "skip", "like")
 class KuaiRand(Source):
     """Impressions with five labels; test = the last four days, validation = the day before."""
 
+    version: ClassVar[int] = 2
     kind: Literal["kuairand"] = "kuairand"
     split: Split = TimeSplit(column="date", validation=20220504, test=20220505)
     video_statistics: bool = False  # the data set's 51 whole-period statistics of each video; they leak a little
@@ -103,6 +104,8 @@ class KuaiRand(Source):
         progress("joining features and histories")
         schema = self.schema()
         initial = {user: state for user, (_, state) in past.items()}
+        if past:
+            write_earlier(folder, _earlier(past, videos, schema))
         pieces = history.replay_pieces(schema, rows, initial, ROW_GROUP)
         write_parts(folder, (_joined(piece, users, videos, schema) for piece in pieces))
         unknown = int(rows["finish"].null_count)
@@ -226,6 +229,26 @@ def _read_official(folder: Path) -> tuple[pa.Table, pa.Table, pa.Table, Past]:
     first, second, users, basic, statistics = (csv.read_csv(folder / name, convert_options=text) for name in names)
     videos = basic.join(statistics, "video_id")
     return pa.concat_tables([first, second], promote_options="permissive"), users, videos, {}
+
+
+def _earlier(past: Past, videos: pa.Table, schema: Schema) -> pa.Table:
+    """The impressions before the log, all at the time of each user's last one; what is not known of them is missing."""
+    seen = [(user, last, video) for user, (last, state) in past.items() for video, *_ in state["watched"]]
+    kept: dict[str, list[bool]] = {"long_view": [], "like": []}
+    for _, state in past.values():
+        for name, sequence in (("long_view", "long_viewed"), ("like", "liked")):
+            those = {video for video, *_ in state[sequence]}
+            kept[name] += [video in those for video, *_ in state["watched"]]
+    names = ("user_id", "time_ms", "video_id")
+    rows = pa.table({name: pa.array(values, pa.int64()) for name, values in zip(names, zip(*seen))})
+    for name, values in kept.items():
+        rows = rows.append_column(name, pa.array(values).cast(pa.int8()))
+    video = pc.index_in(rows["video_id"], value_set=videos["video_id"].cast(pa.int64()).combine_chunks())
+    rows = rows.append_column("main_tag", _main_tag(videos["tag"]).take(video))
+    for column in schema.input_columns():
+        if column in videos.column_names and column not in rows.column_names:
+            rows = rows.append_column(column, _clean(videos[column]).take(video))
+    return rows
 
 
 def _without_repeats(log: pa.Table) -> pa.Table:

@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 from pydantic import BeforeValidator, PositiveFloat, PositiveInt, SerializeAsAny, model_validator
 
 from scalerec.config import component
-from scalerec.data.parts import ROW_GROUP, write_parts
+from scalerec.data.parts import ROW_GROUP, earlier, write_parts
 from scalerec.data.reader import ParquetRows
 from scalerec.data.source import Source
 from scalerec.data.split import PARTS, ColumnSplit, NoSplit, Part, Split, columns_of, times_of
@@ -161,13 +161,27 @@ class Sequences(Source):
         notes: dict[str, Any] = {"protocol": self.protocol, **counts}
         if self.protocol == "public":
             notes["validation"] = "is the test itself: this protocol looks at the test during training"
-        return notes | {"histories": "begin with the log", "of": prepared.notes}
+        begin = "begin with the log" if earlier(prepared.files) is None else "begin before the log"
+        return notes | {"histories": begin, "of": prepared.notes}
+
+    def _earlier(
+        self, rows: ParquetRows, schema: Schema, columns: list[str], number: int, partitions: int
+    ) -> tuple[list[pa.Table], list[np.ndarray]]:
+        """Of one partition, the events from before the log, with no part of it and no row number."""
+        file = earlier([group.file for group in rows.row_groups])
+        if file is None:
+            return [], []
+        events = file.read([name for name in file.schema_arrow.names if name in columns])
+        user = events.column(schema.user).combine_chunks()
+        mine = mix(hash_column(user, schema.user)) % np.uint64(partitions) == number
+        events = events.filter(pa.array(mine)).append_column(ROW, pa.array(np.full(int(mine.sum()), -1)))
+        return [events], [np.full(events.num_rows, -1, np.int8)]
 
     def _read(self, rows: ParquetRows, schema: Schema, number: int, partitions: int) -> tuple[pa.Table, np.ndarray]:
         """The log's rows of one partition of its users, without lists, and the part [n] of each by the inner split."""
         columns = _plain_columns(self.of, schema)
         split = self.of.split if self.protocol == "time" else NoSplit()
-        tables, parts = [], []
+        tables, parts = self._earlier(rows, schema, columns, number, partitions)
         for piece in rows.pieces("train", list(dict.fromkeys([*columns, *columns_of(split)]))):
             part = split.part_of(piece.rows, int(piece.index[0]))
             user = piece.rows.column(schema.user)
@@ -219,7 +233,8 @@ def _by_place(log: pa.Table, schema: Schema, source: Sequences) -> _Examples:
         from_end = {"train": 2, "validation": 1, "test": 0}
     place = np.arange(len(events.rows)) - events.first
     sizes = np.bincount(events.first, minlength=len(place))[events.first]
-    enough = sizes > from_end["train"]
+    logged = log.column(ROW).to_numpy()[events.rows] >= 0  # others are past only
+    enough = (sizes > from_end["train"]) & logged
     chosen: dict[Part, np.ndarray] = {
         part: np.flatnonzero(enough & (sizes - 1 - place == behind)) for part, behind in from_end.items()
     }
