@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from scalerec.config import component
 from scalerec.data.loader import Loader
+from scalerec.data.parts import write_earlier
 from scalerec.data.reader import ParquetRows
 from scalerec.data.source import Source
 from scalerec.data.sources.kuairand import KuaiRand
@@ -466,3 +467,23 @@ def test_movielens_1m_has_one_sequence_a_user() -> None:
         assert max(len(events) for events in found["events_item_id"].to_pylist()) == 200
         if part == "train":
             assert [len(events) for events in found["events_item_id"].to_pylist()] == found["new_events"].to_pylist()
+
+
+@pytest.mark.parametrize("partition_rows", [1_000_000, 4])
+def test_events_from_before_the_log_are_past_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, partition_rows: int
+):
+    monkeypatch.setattr(Sequences, "partition_rows", partition_rows)
+    of = source(tmp_path / "log", [row(user, time, item) for user, time, item in LOG])
+    of = of.model_copy(update={"path": str(tmp_path / "log" / "0.parquet")})
+    before = {"user": ["a", "a", "e"], "time": [0, 0, 0], "item_id": [1, 2, 3], "like": [1, None, 1]}
+    write_earlier(tmp_path / "log", pa.table(before))
+    with_past = by_part(read(Sequences(of=of)))
+    monkeypatch.setenv("SCALEREC_CACHE", str(tmp_path / "other"))
+    (tmp_path / "log" / "earlier" / "events.parquet").unlink()
+    without = by_part(read(Sequences(of=of)))
+    assert {part: rows.keys() for part, rows in with_past.items()} == {part: r.keys() for part, r in without.items()}
+    for part, rows in without.items():
+        for number, (items, new) in rows.items():
+            past = [1, 2] if LOG[number][0] == "a" else []
+            assert with_past[part][number] == ([*past, *items], new)
