@@ -18,7 +18,8 @@ users; float32; threads and torch, where the pins allow it.
 
 Not the same, since RecTools has no option for it: its LayerNorms learn scale and shift; weights start by Xavier's rule
 (ours as in the published code); places count from the end and histories are padded to 200; attention is divided by 200
-(ours by 211); a drawn item that is the target counts as a negative (ours leaves it out).
+(ours by 211); a drawn item that is the target counts as a negative (ours leaves it out). It batches in the training
+process, its default; ours reads ahead in a thread.
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ RECIPE = "hstu_movielens_1m"
 PEER = Path(__file__).parent / "peers" / "hstu_rectools.py"
 NEEDS = PEER.with_suffix(".txt")
 NEVER = 10**9  # steps
-console = Console(stderr=True, highlight=False, markup=False)
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 # -- the peer's environment
@@ -64,9 +68,9 @@ def python_of(environment: Path) -> Path:
 def install(environment: Path) -> None:
     """A virtual environment with what `NEEDS` pins; pip's own variables decide where from."""
     if not python_of(environment).exists():
-        console.print(f"making {environment}")
+        say(f"making {environment}")
         venv.create(environment, with_pip=True)
-    console.print(f"installing {NEEDS.name} (1.5 GB with torch for CPUs, several more with CUDA)")
+    say(f"installing {NEEDS.name} (1.5 GB with torch for CPUs, several more with CUDA)")
     pip = [str(python_of(environment)), "-m", "pip", "install", "--disable-pip-version-check", "-q"]
     if subprocess.run([*pip, "-r", str(NEEDS)], check=False).returncode:
         raise SystemExit(f"pip could not install {NEEDS} into {environment}: see above")
@@ -110,7 +114,7 @@ def prepare(folder: Path, users: int) -> Data:
     from scalerec.recipes.catalogue import find
 
     run = find(RECIPE)
-    rows = pa.concat_tables(pq.read_table(file) for file in run.data.prepare(console.print).files)
+    rows = pa.concat_tables(pq.read_table(file) for file in run.data.prepare(say).files)
     recipe = RECIPE
     folder.mkdir(parents=True, exist_ok=True)
     if users:
@@ -176,17 +180,17 @@ class Bench:
 
     def peer(self, what: str, epochs: int, evaluate: list[int]) -> dict[str, Any]:
         """Train the peer, or take what an earlier call kept: seconds of each epoch, its best ten after some."""
-        asked = "".join(f"-{n}" for n in evaluate)
-        file = self.kept / f"peer-{what}-{epochs}{asked}.json"
+        name = "-".join(map(str, ["peer", *what.split(), epochs, *evaluate]))
+        file = self.kept / f"{name}.json"
         if file.exists():
             found = json.loads(file.read_text())
             if self.even_if_busy or not found["busy"]:
-                console.print(f"peer, {what}: kept in {file}, not trained again (--fresh does)")
+                say(f"peer, {what}: kept in {file}, not trained again (--fresh does)")
                 self.reused.append(what)
                 self.busy |= found["busy"]
                 return found
         busy = refuse_if_busy(self.even_if_busy)
-        console.print(f"peer, {what}: {epochs} epochs")
+        say(f"peer, {what}: {epochs} epochs")
         result = self.kept / "result.json"
         words = ["--epochs", str(epochs), "--threads", str(self.threads), "--seed", str(self.seed)]
         words += ["--out", str(result), *(["--evaluate", *map(str, evaluate)] if evaluate else [])]
@@ -200,8 +204,8 @@ class Bench:
     def ours(self, what: str, epochs: int, evaluate: bool) -> Path:
         """Train the recipe; the folder of the run."""
         self.busy |= refuse_if_busy(self.even_if_busy)
-        console.print(f"ours, {what}: {epochs} epochs")
-        folder = self.kept / f"ours-{what}"
+        say(f"ours, {what}: {epochs} epochs")
+        folder = self.kept / "-".join(["ours", *what.split()])
         shutil.rmtree(folder, ignore_errors=True)
         changes = {
             "epochs": epochs, "evaluate_every": 0 if evaluate else NEVER, "save_every": NEVER, "threads": self.threads,
@@ -277,7 +281,7 @@ def measure(bench: Bench, epochs: int, timing_epochs: int, rounds: int) -> dict[
         turns.append((peer, epoch_seconds(log_of(folder, "train"))))
         found = speeds(turns)
         took = ", ".join(f"{name} {found[f'seconds_per_epoch_{name}']:.2f}" for name in ("peer", "ours"))
-        console.print(f"seconds per epoch so far: {took}")
+        say(f"seconds per epoch so far: {took}")
     found: dict[str, Any] = speeds(turns)
 
     evaluated = sorted({epoch for epoch in (1, 2, 5, *range(10, epochs, 10)) if epoch < epochs} | {epochs})
@@ -364,7 +368,7 @@ def main() -> None:
     bench = Bench(data, environment, kept, threads, chosen.seed, chosen.even_if_busy)
     found = measure(bench, chosen.epochs, chosen.timing_epochs, chosen.rounds)
     if bench.reused:
-        console.print(f"of the peer not measured now but kept: {', '.join(bench.reused)}; --fresh measures in turn")
+        say(f"of the peer not measured now but kept: {', '.join(bench.reused)}; --fresh measures in turn")
     show(found, machine)
     if chosen.json:
         print(json.dumps(found | machine | {"seed": chosen.seed, "users": chosen.users}))

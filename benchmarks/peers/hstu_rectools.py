@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow  # what pandas reads Parquet with
 import pytorch_lightning as lightning
 import rectools
 import torch
@@ -69,7 +70,7 @@ def best(model: HSTUModel, seen: Dataset, asked: pd.DataFrame) -> list[list[int]
 
 def versions() -> dict[str, str]:
     names = {"rectools": rectools.VERSION, "torch_peer": torch.__version__, "lightning": lightning.__version__}
-    return names | {"python_peer": platform.python_version()}
+    return names | {"pyarrow": pyarrow.__version__, "python_peer": platform.python_version()}
 
 
 def main() -> None:

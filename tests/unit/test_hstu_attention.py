@@ -152,6 +152,33 @@ def test_a_plan_changes_nothing() -> None:
         assert_close(gradients(hstu_attention, short), gradients(hstu_attention, c), 1e-7)
 
 
+@pytest.mark.parametrize("biases", ["pt", ""])
+@pytest.mark.parametrize("targets", [None, [3, 0, 40]])
+def test_bf16(biases: str, targets: list[int] | None) -> None:
+    """Against the definition in float64 on the same rounded numbers: 1 % of the largest entry, a few bf16 roundings."""
+    c = case([200, 65, 130], heads=2, d_qk=16, d_v=12, biases=biases, targets=targets, dtype=torch.bfloat16)
+    exact = {name: x.double() if name in ("q", "k", "v", "position", "time") else x for name, x in c.items()}
+    assert_close(gradients(hstu_attention, c), gradients(hstu_attention_reference, exact), 1e-2)
+
+
+def test_float64() -> None:
+    c = case([30, 70], heads=2, targets=[5, 0], dtype=torch.float64)
+    assert_close(gradients(hstu_attention, c), gradients(hstu_attention_reference, c), 1e-12)
+
+
+def test_slices_of_one_projection() -> None:
+    c = case([40, 70, 1], heads=2, d_qk=8, d_v=8)
+    mixed = torch.cat([c[name].flatten(1) for name in ("v", "q", "k")], dim=1)
+    v, q, k = (x.unflatten(1, (2, 8)) for x in mixed.split(16, dim=1))
+    torch.testing.assert_close(hstu_attention(**(c | {"q": q, "k": k, "v": v})), hstu_attention(**c), rtol=0, atol=0)
+
+
+def test_tables_larger_than_needed() -> None:
+    c = case([20, 150], targets=[4, 0])
+    wide = c | {"position": torch.nn.functional.pad(c["position"], (7, 7)), "time": torch.randn(300)}
+    assert_close(gradients(hstu_attention, wide), gradients(hstu_attention_reference, wide), 1e-5)
+
+
 def test_softmax() -> None:
     c = case([9, 70, 0, 130], heads=2, targets=[3, 0, 0, 10]) | {"normalise": "softmax"}
     assert_close(gradients(hstu_attention, c), gradients(hstu_attention_reference, c), 1e-5)
@@ -211,6 +238,50 @@ def test_runs_repeat_to_the_bit() -> None:
     c = case([130, 64, 200, 3], heads=2)
     first, second = gradients(hstu_attention, c), gradients(hstu_attention, c)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("lengths", [[130, 64, 200, 3], [600]], ids=str)
+def test_any_number_of_threads(threads: int, lengths: list[int]) -> None:
+    c = case(lengths, heads=2, targets=[n // 4 for n in lengths])
+    expected, before = gradients(hstu_attention_reference, c), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert_close(gradients(hstu_attention, c), expected, 1e-5)
+        first, second = gradients(hstu_attention, c), gradients(hstu_attention, c)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_training_after_inference_and_under_autocast() -> None:
+    c = case([90, 300], heads=2, seed=3)
+    expected = gradients(hstu_attention_reference, c)
+    with torch.inference_mode():
+        torch.testing.assert_close(hstu_attention(**c), expected["out"], rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_close(gradients(hstu_attention, c), expected, 1e-5)
+
+
+@pytest.mark.parametrize("made_once", [False, True])
+def test_nothing_of_all_pairs_is_kept_for_backward(made_once: bool) -> None:
+    n = 700
+    c = case([n], heads=2)
+    c |= {name: c[name].requires_grad_() for name in ("q", "k", "v", "position", "time")}
+    if made_once:
+        times = {name: c.pop(name) for name in ("query_times", "key_times")}
+        c["plan"] = attention_plan(c["offsets"], **times)
+    kept: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        hstu_attention(**c)
+    given = sum(c[name].nbytes for name in ("q", "k", "v", "position", "time"))
+    assert given <= sum(kept.values()) <= given + 2 * 8 * n + 1000 < n * n
 
 
 def wrong(c: Case) -> dict[str, Case]:

@@ -75,6 +75,7 @@ class Tokens:
     event: Tensor  # [E] the token of each event of the main series
     after: Tensor  # [E] the token at which what follows the event is foreseen: itself, or its action
     foresees: Tensor  # [E] bool, whether that follower is content
+    origin: Tensor  # [T] each token's number before the merge: events, their actions, each slow series, the prefix
 
 
 @dataclass(frozen=True)
@@ -258,9 +259,7 @@ class HSTU(SequentialModel):
             vectors, acted = vectors + acted, None
         if not self.auxiliary and not self.context and acted is None:
             index = torch.arange(len(vectors), device=vectors.device)
-            return Tokens(
-                vectors, events.offsets, events.user, times, index, index, torch.ones_like(index, dtype=torch.bool)
-            )
+            return Tokens(vectors, events.offsets, events.user, times, index, index, index >= 0, index)
         return self._merged(user, events, vectors, times, acted)
 
     def _merged(self, user: Embedded, events: Events, vectors: Tensor, times: Tensor, acted: Tensor | None) -> Tokens:
@@ -292,7 +291,7 @@ class HSTU(SequentialModel):
         content[event] = True
         content[tokens.offsets[1:]] = True  # what follows the last token is the row
         foresees = content[after + 1]
-        return Tokens(tokens.vectors, tokens.offsets, tokens.user, times, event, after, foresees)
+        return Tokens(tokens.vectors, tokens.offsets, tokens.user, times, event, after, foresees, tokens.order)
 
     def _acted(self, events: Events) -> Tensor | None:
         """[E, D] the sum over labels of the vector of their value; None where actions are not used."""

@@ -9,33 +9,20 @@ G sequences worked out at once   P = G H   R rows, C keys of a tile
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from itertools import pairwise
+import copy
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from scalerec.ops._hstu_plan import AttentionPlan, Group, Places, Tile, Times, tile_buckets
+from scalerec.ops._hstu_plan import AttentionPlan, Group, Places, Tile, Times, cut, tile_buckets
+from scalerec.ops._hstu_threads import in_threads, scratch
 
-BLOCK = 1 << 18  # scores at once for every thread: few enough for the second cache, and worth the call
+BLOCK = 1 << 18  # scores at once: few enough for the second cache, and worth the call
+NEVER = -1e30  # a score whose SiLU and its slope are zero
 LANES = 4  # copies of the time table that gradients are added to in turns: the same entry twice in a row waits
-
-_kept = threading.local()
-
-
-def scratch(name: str, dtype: torch.dtype, *shape: int) -> Tensor:
-    """Memory of any content, the same one in every call: fresh pages cost more than what is written to them."""
-    size = 1
-    for n in shape:
-        size *= n
-    key = f"{name} {dtype}"
-    kept = _kept.__dict__.get(key)
-    if kept is None or len(kept) < size:
-        kept = _kept.__dict__[key] = torch.empty(size, dtype=dtype)
-    return kept[:size].view(shape)
 
 
 class Bias:
@@ -48,6 +35,7 @@ class Bias:
         self.sums = torch.promote_types(q.dtype, torch.float32)
         self.index = torch.empty(0, dtype=torch.int32)
         self.position, self.time = position, time
+        self.d_places = self.d_time = torch.empty(0)
         tiles = [tile for group in plan.groups for tile in group.tiles]
         if position is not None:
             # a row is the table from the gap of its first key on; the next row begins one earlier
@@ -56,12 +44,20 @@ class Bias:
             gaps = torch.arange(self.keys + rows) - torch.arange(rows)[:, None]
             self.gaps = (gaps + (position.numel() // 2 - self.keys)).clamp_(0, position.numel() - 1)
             self.places = position.detach().to(q.dtype)[self.gaps]  # [rows, keys + rows]
-            self.d_places = torch.zeros(self.gaps.shape, dtype=self.sums)
+            self.places.masked_fill_(gaps > self.keys, NEVER)
         if time is not None:
             self.buckets = time.detach().to(q.dtype).contiguous()
             widest = max((tile.right - tile.left for tile in tiles), default=0)
             self.lane = torch.arange(widest, dtype=torch.int32) % LANES * time.numel()
-            self.d_time = torch.zeros(time.numel(), dtype=torch.float64)
+
+    def of_thread(self) -> Bias:
+        """The same tables with sums of its own."""
+        own = copy.copy(self)
+        if self.position is not None:
+            own.d_places = torch.zeros(self.gaps.shape, dtype=self.sums)
+        if self.time is not None:
+            own.d_time = torch.zeros(self.time.numel(), dtype=torch.float64)
+        return own
 
     def __bool__(self) -> bool:
         return self.position is not None or self.time is not None
@@ -74,7 +70,7 @@ class Bias:
                 self.index.copy_(group.buckets[number][begin : begin + len(out)])
             else:
                 assert self.times is not None
-                self.index.copy_(tile_buckets(group, group.tiles[number], begin, begin + len(out), self.times))
+                tile_buckets(group, group.tiles[number], begin, begin + len(out), self.times, self.index)
             torch.index_select(self.buckets, 0, self.index.view(-1), out=out.view(-1))
         if self.position is not None:
             places = self.places[self._where(group, group.tiles[number])]
@@ -88,18 +84,20 @@ class Bias:
             lanes.index_add_(0, self.index.view(-1), gradient.view(-1))
             self.d_time += lanes.view(LANES, -1).sum(0)
         if self.position is not None:
-            over = 0 if group.causal else (0, 1)
-            self.d_places[self._where(group, group.tiles[number])] += gradient.sum(over)
+            summed = gradient[0] if len(gradient) == 1 else gradient.sum(0)
+            places = self.d_places[self._where(group, group.tiles[number])]
+            places += summed if group.causal else summed.sum(0)
 
-    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
+    def gradients(self, of_threads: list[Bias]) -> tuple[Tensor | None, Tensor | None]:
         """Of position and time."""
         d_position = d_time = None
         if self.position is not None:
             d_position = torch.zeros(self.position.numel(), dtype=self.sums)
-            d_position.index_add_(0, self.gaps.flatten(), self.d_places.flatten())
+            for own in of_threads:
+                d_position.index_add_(0, self.gaps.flatten(), own.d_places.flatten())
             d_position = d_position.to(self.position.dtype)
         if self.time is not None:
-            d_time = self.d_time.to(self.time.dtype)
+            d_time = torch.stack([own.d_time for own in of_threads]).sum(0).to(self.time.dtype)
         return d_position, d_time
 
     def _where(self, group: Group, tile: Tile) -> tuple[slice, slice]:
@@ -120,45 +118,43 @@ class Step(NamedTuple):
 
 
 class Work:
-    """Sequences [begin, end) of a group, packed by head, and its tiles one after the other."""
+    """Sequences [begin, end) of a group with some of their heads, packed, and their tiles one after the other."""
 
-    def __init__(self, group: Group, begin: int, end: int, heads: int, bias: Bias):
-        self.group, self.begin, self.end, self.heads, self.bias = group, begin, end, heads, bias
+    def __init__(self, group: Group, first: int, begin: int, end: int, head: slice, bias: Bias):
+        self.group, self.begin, self.end, self.bias = group, begin, end, bias
+        self.first = first + begin * group.queries.read.shape[1]  # row of the first query among those of all groups
+        self.head, self.heads = head, head.stop - head.start
+        self.cost = sum(
+            max(0, min(tile.sequences, end) - begin) * (tile.end - tile.first) * (tile.right - tile.left) * self.heads
+            for tile in group.tiles
+        )
 
     def pack(self, name: str, x: Tensor, places: Places, clean: bool = False) -> Tensor:
         """[T, H, d] -> [P, n, d]; what is padded is zero if `clean`, of the same sequence if not."""
+        x = x[:, self.head]
         index = places.read[self.begin : self.end]
         sequences, longest = index.shape
         heads, width = x.shape[1:]
         if places.start is not None:
             start = places.start + self.begin * longest
-            rows = x[start : start + index.numel()].flatten(1)
+            rows = _flat(x[start : start + index.numel()])
         else:
             rows = scratch(name, x.dtype, sequences * longest, heads * width)
-            torch.index_select(x.flatten(1), 0, index.view(-1), out=rows)
+            torch.index_select(_flat(x), 0, index.view(-1), out=rows)
             if clean and places.real is not None:
                 rows.mul_(places.real[self.begin : self.end].view(-1, 1).to(rows.dtype))
         if heads == 1 and rows.is_contiguous():
             return rows.view(sequences, longest, width)
+        if sequences == 1 and rows.dtype == torch.float32:  # MKL does not mind the strides, AMX does
+            return rows.unflatten(1, (heads, width)).transpose(0, 1)
         packed = scratch(f"{name} by head", x.dtype, sequences, heads, longest, width)
         packed.copy_(rows.unflatten(0, (sequences, longest)).unflatten(2, (heads, width)).transpose(1, 2))
         return packed.flatten(0, 1)
 
-    def sums(self, name: str, *shape: int) -> Tensor:
-        """Zeros to which tiles are added."""
-        return scratch(name, self.bias.sums, *shape).zero_()
-
-    def unpack(self, total: Tensor, rows: Tensor, places: Places, add: bool) -> None:
-        """Write [P, n, d] to the tokens of [T + 1, H, d], or add it to them."""
-        index = places.write[self.begin : self.end]
-        rows = rows.unflatten(0, (-1, self.heads)).transpose(1, 2)  # [G, n, H, d]
-        if places.start is not None:
-            start = places.start + self.begin * index.shape[1]
-            part = total[start : start + index.numel()].view(rows.shape)
-            part.add_(rows) if add else part.copy_(rows)
-        else:
-            rows = rows.flatten(0, 1).to(total.dtype)
-            total.index_add_(0, index.view(-1), rows) if add else total.index_copy_(0, index.view(-1), rows)
+    def pack_all(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Padded keys of candidates come before real ones and must not count; others come after all that see them."""
+        keys, clean = self.group.keys, not self.group.causal
+        return self.pack("q", q, self.group.queries), self.pack("k", k, keys, clean), self.pack("v", v, keys, clean)
 
     def tiles(self) -> Iterator[Step]:
         """The steps of every tile: all heads at once, or in turns where one sequence is large enough."""
@@ -196,30 +192,111 @@ class Work:
             total = dx if dx.dtype == self.bias.sums else scratch("total", self.bias.sums, *dx.shape).copy_(dx)
         else:
             total = scratch("total", self.bias.sums, *self.shared.shape)
-            by_head = dx.unflatten(0, (len(total), -1))
-            if step.is_first:
-                torch.sum(by_head, 1, dtype=total.dtype, out=total)
-            else:
-                total += by_head.sum(1, dtype=total.dtype)
+            heads = dx.unflatten(0, (len(total), -1)).unbind(1)
+            for number, one in enumerate(heads):
+                total.copy_(one) if step.is_first and not number else total.add_(one)
         if step.is_last:
             self.bias.add_gradient(total, self.group, step.tile)
 
     def cut(self, step: Step, x: Tensor) -> None:
-        """Zero above the diagonal."""
+        """Zero above the diagonal, where the bias of positions has not seen to it."""
         tile = self.group.tiles[step.tile]
-        if self.group.causal and tile.right > tile.first:
+        if self.group.causal and tile.right > tile.first and self.bias.position is None:
             x[:, :, max(tile.first - tile.left, 0) :].tril_(min(tile.first - tile.left, 0))
 
 
-def work(plan: AttentionPlan, heads: int, bias: Bias) -> Iterator[Work]:
-    """The groups of a plan in parts that fit the second cache."""
+class Totals:
+    """What groups find for each token, brought to [T, H, d]: written in place where tokens follow one another."""
+
+    def __init__(self, name: str, like: Tensor, row_of: Tensor, groups: list[Places]):
+        self.name, self.row_of = f"sums of {name}", row_of
+        padded = sum(places.read.numel() for places in groups)
+        self.in_place = padded == len(like) and all(places.start is not None for places in groups)
+        if self.in_place:
+            self.rows = torch.empty(like.shape, dtype=like.dtype)
+            return
+        self.rows = scratch(name, like.dtype, padded + 1, *like.shape[1:])
+        self.rows[padded] = 0  # of tokens in no group
+        self.more: list[tuple[int, slice, Tensor, Tensor]] = []
+
+    def sums(self, part: Work, places: Places, again: bool = False) -> Tensor:
+        """Zeros [P, n, d] to which tiles are added: the rows themselves where they are laid out like this."""
+        sequences, longest = places.read[part.begin : part.end].shape
+        _, heads, width = self.rows.shape
+        if heads == 1 and not again and self.rows.dtype == part.bias.sums:
+            return self._rows(part, places).view(sequences, longest, width).zero_()
+        return scratch(self.name, part.bias.sums, sequences * part.heads, longest, width).zero_()
+
+    def put(self, found: Tensor, part: Work, places: Places, again: bool = False) -> None:
+        """What the sums have become; `again` where tokens have a row already."""
+        if found.data_ptr() == self._rows(part, places).data_ptr():
+            return
+        found = found.unflatten(0, (-1, part.heads)).transpose(1, 2)  # [G, n, H, d]
+        if again:
+            if places.real is not None:
+                found = found * places.real[part.begin : part.end, :, None, None]
+            index = places.read[part.begin : part.end].flatten()
+            self.more.append((part.first, part.head, index, found.flatten(0, 1).to(self.rows.dtype)))
+            return
+        self._rows(part, places).unflatten(0, found.shape[:2]).copy_(found)
+
+    def _rows(self, part: Work, places: Places) -> Tensor:
+        longest = places.read.shape[1]
+        first = (places.start or 0) + part.begin * longest if self.in_place else part.first
+        return self.rows[first : first + (part.end - part.begin) * longest, part.head]
+
+    def gather(self) -> Tensor:
+        if self.in_place:
+            return self.rows
+        total = self.rows.flatten(1).index_select(0, self.row_of).view(-1, *self.rows.shape[1:])
+        for _, head, index, rows in sorted(self.more, key=lambda more: (more[0], more[1].start)):  # threads mix them
+            total[:, head].index_add_(0, index, rows)
+        return total
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[n, H, d] -> [n, H d] without a copy where heads follow one another."""
+    return x.view(len(x), -1) if x.stride(1) == x.shape[2] and x.stride(2) == 1 else x.flatten(1)
+
+
+def _parts(plan: AttentionPlan, heads: int, bias: Bias) -> list[Work]:
+    """The groups of a plan in parts that fit the second cache, and in more where there are too few for all threads."""
+    threads, parts, first = torch.get_num_threads(), [], 0
     for group in plan.groups:
         largest = max((tile.end - tile.first) * (tile.right - tile.left) for tile in group.tiles)
         sequences = len(group.queries.read)
-        step = max(1, BLOCK * torch.get_num_threads() // (largest * heads))
-        parts = -(-sequences // step)
-        edges = [sequences * i // parts for i in range(parts + 1)]
-        yield from (Work(group, begin, end, heads, bias) for begin, end in pairwise(edges))
+        edges = cut(0, sequences, max(1, BLOCK // (largest * heads)))
+        turns = min(heads, max(1, threads // plan.sequences))
+        by_head = [slice(a, b) for a, b in cut(0, heads, -(-heads // turns))]
+        parts += [Work(group, first, begin, end, head, bias) for begin, end in edges for head in by_head]
+        first += group.queries.read.numel()
+    return parts
+
+
+def run(plan: AttentionPlan, heads: int, bias: Bias, task: Callable[[Work], None]) -> list[Bias]:
+    """Do all parts of a plan, on as many threads as torch has, and return the biases of the threads with their sums.
+
+    A thread does whole parts by itself: threads that meet in every operation wait for each other on a busy machine.
+    Which thread does which part is fixed, and so is every sum.
+    """
+    parts = sorted(_parts(plan, heads, bias), key=lambda part: -part.cost)
+    threads = max(1, min(torch.get_num_threads(), len(parts)))
+    lists: list[list[Work]] = [[] for _ in range(threads)]
+    loads = [0] * threads
+    for part in parts:
+        least = loads.index(min(loads))
+        lists[least].append(part)
+        loads[least] += part.cost
+    biases = [bias.of_thread() for _ in lists]
+
+    def do(thread: int) -> None:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            for part in lists[thread]:
+                part.bias = biases[thread]
+                task(part)
+
+    in_threads(do, threads)
+    return biases
 
 
 class HSTUAttention(torch.autograd.Function):
@@ -241,20 +318,21 @@ class HSTUAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, position, time, *(times[:2] if times else (None, None)))
         ctx.plan, ctx.times, ctx.scale, ctx.alpha = plan, times and times[2:], scale, alpha
         bias = Bias(position, time, times, plan, q)
-        out = _total(v)
-        for part in work(plan, q.shape[1], bias):
-            queries, keys = part.group.queries, part.group.keys
-            qs = part.pack("q", q, queries)
-            ks, vs = (part.pack(name, x, keys, clean=not part.group.causal) for name, x in (("k", k), ("v", v)))
-            outs = part.sums("out", len(qs), qs.shape[1], v.shape[2])
+        out = Totals("outs", v, plan.row_of_query, [group.queries for group in plan.groups])
+
+        def task(part: Work) -> None:
+            qs, ks, vs = part.pack_all(q, k, v)
+            outs = out.sums(part, part.group.queries)
             for step in part.tiles():
                 _, p, i, j, *_ = step
                 x = part.scores(step, qs[p, i], ks[p, j], alpha)
                 torch.nn.functional.silu(x, inplace=True)
                 part.cut(step, x)
-                _add(outs[p, i], x, vs[p, j])
-            part.unpack(out, outs.mul_(scale), queries, add=False)
-        return out[:-1]
+                _add(outs[p, i], x, vs[p, j], scale)
+            out.put(outs, part, part.group.queries)
+
+        run(plan, q.shape[1], bias, task)
+        return out.gather()
 
     @staticmethod
     @once_differentiable
@@ -262,14 +340,15 @@ class HSTUAttention(torch.autograd.Function):
         q, k, v, position, time, query_times, key_times = ctx.saved_tensors
         times = Times(query_times, key_times, *ctx.times) if ctx.times else None
         bias = Bias(position, time, times, ctx.plan, q)
-        shared = ctx.plan.targets is not None  # histories are keys of two groups, candidates of none
-        dq, dk, dv = _total(q), _total(k, zero=shared), _total(v, zero=shared)
-        for part in work(ctx.plan, q.shape[1], bias):
-            queries, keys = part.group.queries, part.group.keys
-            qs = part.pack("q", q, queries)
-            ks, vs = (part.pack(name, x, keys, clean=not part.group.causal) for name, x in (("k", k), ("v", v)))
+        dq = Totals("dqs", q, ctx.plan.row_of_query, [group.queries for group in ctx.plan.groups])
+        causal = [group.keys for group in ctx.plan.groups if group.causal]
+        dk, dv = (Totals(name, x, ctx.plan.row_of_key, causal) for name, x in (("dks", k), ("dvs", v)))
+
+        def task(part: Work) -> None:
+            queries, keys, again = part.group.queries, part.group.keys, not part.group.causal
+            qs, ks, vs = part.pack_all(q, k, v)
             gs = part.pack("g", gradient, queries, clean=True)
-            dqs, dks, dvs = (part.sums(*x) for x in (("dq", *qs.shape), ("dk", *ks.shape), ("dv", *vs.shape)))
+            dqs, dks, dvs = dq.sums(part, queries), dk.sums(part, keys, again), dv.sums(part, keys, again)
             for step in part.tiles():
                 _, p, i, j, *_ = step
                 x = part.scores(step, qs[p, i], ks[p, j], ctx.alpha)
@@ -279,21 +358,21 @@ class HSTUAttention(torch.autograd.Function):
                 torch.nn.functional.silu(x, inplace=True)
                 part.cut(step, x)
                 part.cut(step, dx)
-                _add(dvs[p, j], x.mT, gs[p, i])
-                _add(dks[p, j], dx.mT, qs[p, i])
-                _add(dqs[p, i], dx, ks[p, j])
+                _add(dvs[p, j], x.mT, gs[p, i], ctx.scale)
+                _add(dks[p, j], dx.mT, qs[p, i], ctx.alpha)
+                _add(dqs[p, i], dx, ks[p, j], ctx.alpha)
                 part.add_gradient(step, dx)
-            part.unpack(dq, dqs.mul_(ctx.alpha), queries, add=False)
-            part.unpack(dk, dks.mul_(ctx.alpha), keys, add=shared)
-            part.unpack(dv, dvs.mul_(ctx.scale), keys, add=shared)
-        return dq[:-1], dk[:-1], dv[:-1], *bias.gradients(), None, None, None, None
+            dq.put(dqs, part, queries)
+            dk.put(dks, part, keys, again)
+            dv.put(dvs, part, keys, again)
+
+        biases = run(ctx.plan, q.shape[1], bias, task)
+        return dq.gather(), dk.gather(), dv.gather(), *bias.gradients(biases), None, None, None, None
 
 
-def _add(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add the batched product a b [P, n, d]."""
-    total += torch.bmm(a, b, out=scratch("product", a.dtype, *total.shape))
-
-
-def _total(x: Tensor, zero: bool = False) -> Tensor:
-    """Memory for [T + 1, H, d]; the last row takes what padded tokens hold."""
-    return (x.new_zeros if zero else x.new_empty)(len(x) + 1, *x.shape[1:])
+def _add(total: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
+    """Add the batched product a b [P, n, d] times a factor."""
+    if total.is_contiguous() and total.dtype == a.dtype:
+        total.baddbmm_(a, b, alpha=factor)
+    else:  # MKL writes batches to contiguous memory only
+        total.add_(torch.bmm(a, b, out=scratch("product", a.dtype, *total.shape)), alpha=factor)

@@ -9,19 +9,20 @@ T tokens   S sequences   G sequences of a group   a rows, b keys of a group   R 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from scalerec.ops._hstu_threads import scratch
+
 TIME_LOG_BASE = 0.301  # log10(2), but of natural logarithms: a quirk of the published code, kept for comparability
-NEAR = 1e-4  # of a bucket: this close to an edge float32 may err
 COARSE = 512  # rows and keys of a tile: few steps, and what one of them needs is about as large as the second cache
 FINE = 128  # rows of a tile on the diagonal, half of whose last square is in vain
 STRIPS = 4  # of a short sequence
-OVERHEAD = 30_000  # pairs that could be worked out in the time that another group costs
+OVERHEAD = 100_000  # pairs that could be worked out in the time that another group costs
 
 
 class Tile(NamedTuple):
@@ -35,10 +36,9 @@ class Tile(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where the tokens of a group lie, and where padding goes."""
+    """Where the tokens of a group lie."""
 
     read: Tensor  # [G, n] number of a token; where padded, of another one of the same sequence
-    write: Tensor  # [G, n] number of a token; T where padded
     real: Tensor | None  # [G, n] whether not padded; None without padding
     start: int | None  # first token, if all G n follow one another
 
@@ -59,6 +59,8 @@ class AttentionPlan:
     """The groups of one batch, good for all layers of a model; made by `attention_plan`."""
 
     groups: tuple[Group, ...]
+    row_of_query: Tensor  # [T] where a token lies among the padded queries of all groups; one behind them if in none
+    row_of_key: Tensor  # [T] the same in causal groups
     tokens: int
     sequences: int
     targets: Tensor | None
@@ -67,39 +69,35 @@ class AttentionPlan:
 
 
 class Times(NamedTuple):
-    """What buckets are made of: times [T] in seconds, the number of buckets and the base of their logarithm."""
+    """What buckets are made of, and the number of them and the base of their logarithm."""
 
-    query: Tensor
+    query: Tensor  # [T] seconds, float64
     key: Tensor
     count: int
     log_base: float
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.uint8 if self.count <= 256 else torch.int16
-
 
 def bucket(delta: Tensor, count: int, log_base: float = TIME_LOG_BASE) -> Tensor:
-    """Seconds between two events -> floor(ln(max(|delta|, 1)) / log_base) in [0, count), int64 of the same shape."""
-    seconds = delta.abs().clamp(min=1).double()
-    return (seconds.log() / log_base).floor().clamp(0, count - 1).long()
+    """Seconds between two events -> floor(ln(max(|delta|, 1)) / log_base) in [0, count), int64 of the same shape.
+
+    In float32 like the published code, and on contiguous memory, so that the same gap is always in the same bucket.
+    """
+    place = delta.float().contiguous().abs_() if delta.dtype != torch.float32 else delta.abs().contiguous()
+    return _to_places(place, count, log_base).long()
 
 
-def quick_bucket(delta: Tensor, times: Times) -> Tensor:
-    """As `bucket`, in float32 except where that might fall on the other side of an edge."""
-    place = delta.abs().float().clamp_(min=1).log_().mul_(1 / times.log_base)
-    floor = place.floor()
-    near = (place.sub_(floor).sub_(0.5).abs_() > 0.5 - NEAR) & (floor > 0)  # delta <= 1 is bucket 0 without doubt
-    found = floor.clamp_(max=times.count - 1).to(times.dtype)
-    where = near.nonzero(as_tuple=True)
-    return found.index_put_(where, bucket(delta[where], times.count, times.log_base).to(times.dtype))
+def _to_places(gap: Tensor, count: int, log_base: float) -> Tensor:
+    """In place, to what lies between the number of the bucket and the next."""
+    return gap.clamp_(min=1).log_().div_(log_base).clamp_(max=count - 1)
 
 
-def tile_buckets(group: Group, tile: Tile, begin: int, end: int, times: Times) -> Tensor:
-    """[end - begin, R, C] of the sequences [begin, end); of padded tokens anything."""
+def tile_buckets(group: Group, tile: Tile, begin: int, end: int, times: Times, out: Tensor) -> Tensor:
+    """Into out [end - begin, R, C], of the sequences [begin, end); of padded tokens anything."""
     query = times.query[group.queries.read[begin:end, tile.first : tile.end]]
     key = times.key[group.keys.read[begin:end, tile.left : tile.right]]
-    return quick_bucket(query[:, :, None] - key[:, None, :], times)
+    gap = scratch("gap", torch.float32, *out.shape)
+    torch.sub(query[:, :, None], key[:, None, :], out=gap)  # exact in float64, then rounded
+    return out.copy_(_to_places(gap.abs_(), times.count, times.log_base))
 
 
 def make_plan(offsets: Tensor, targets: Tensor | None) -> AttentionPlan:
@@ -107,19 +105,39 @@ def make_plan(offsets: Tensor, targets: Tensor | None) -> AttentionPlan:
     edges = offsets.tolist()
     last = [0] * (len(edges) - 1) if targets is None else targets.tolist()
     spans = [(b - a - m, m, a) for (a, b), m in zip(pairwise(edges), last)]  # history, candidates, first token
-    groups = [_causal(part, edges[-1]) for part in _similar([(n, n, a) for n, _, a in spans if n])]
-    groups += [_rectangle(part, edges[-1]) for part in _similar([(n, m, a) for n, m, a in spans if n and m])]
-    return AttentionPlan(tuple(groups), edges[-1], len(spans), targets if targets is not None and any(last) else None)
+    groups = [_causal(part) for part in _similar([(n, n, a) for n, _, a in spans if n])]
+    groups += [_rectangle(part) for part in _similar([(n, m, a) for n, m, a in spans if n and m])]
+    causal = [group.queries for group in groups if group.causal]
+    rows, keys = (_rows(places, edges[-1]) for places in ([group.queries for group in groups], causal))
+    targets = targets if targets is not None and any(last) else None
+    return AttentionPlan(tuple(groups), rows, keys, edges[-1], len(spans), targets)
+
+
+def _rows(groups: list[Places], tokens: int) -> Tensor:
+    """Tokens of groups, padded and one after the other -> [T] the row of each."""
+    rows = torch.full((tokens,), sum(places.read.numel() for places in groups))
+    first = 0
+    for read, real, _ in groups:
+        place = torch.arange(first, first + read.numel()).view(read.shape)
+        first += read.numel()
+        rows[read if real is None else read[real]] = place if real is None else place[real]
+    return rows
 
 
 def with_buckets(plan: AttentionPlan, times: Times) -> AttentionPlan:
     """The plan with the buckets of all its pairs, a byte each."""
     groups = []
     for group in plan.groups:
-        buckets = tuple(tile_buckets(group, tile, 0, tile.sequences, times) for tile in group.tiles)
-        groups.append(Group(group.queries, group.keys, group.causal, group.tiles, buckets))
+        buckets = tuple(_stored(group, tile, times) for tile in group.tiles)
+        groups.append(replace(group, buckets=buckets))
     own = bucket(times.query - times.key, times.count, times.log_base)
-    return AttentionPlan(tuple(groups), plan.tokens, plan.sequences, plan.targets, own, times.count)
+    return replace(plan, groups=tuple(groups), own_buckets=own, bucket_count=times.count)
+
+
+def _stored(group: Group, tile: Tile, times: Times) -> Tensor:
+    dtype = torch.uint8 if times.count <= 256 else torch.int16
+    shape = (tile.sequences, tile.end - tile.first, tile.right - tile.left)
+    return tile_buckets(group, tile, 0, tile.sequences, times, torch.empty(shape, dtype=dtype))
 
 
 def _similar(spans: list[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]]:
@@ -135,35 +153,35 @@ def _similar(spans: list[tuple[int, int, int]]) -> list[list[tuple[int, int, int
     return groups
 
 
-def _cut(first: int, end: int, height: int) -> list[tuple[int, int]]:
+def cut(first: int, end: int, height: int) -> list[tuple[int, int]]:
     """[first, end) in parts of equal height, at most `height` each."""
     parts = max(1, -(-(end - first) // height))
     edges = [first + (end - first) * i // parts for i in range(parts + 1)]
     return list(pairwise(edges))
 
 
-def _causal(spans: list[tuple[int, int, int]], tokens: int) -> Group:
+def _causal(spans: list[tuple[int, int, int]]) -> Group:
     lengths = [n for n, _, _ in spans]
-    places = _places([a for _, _, a in spans], lengths, tokens)
+    places = _places([a for _, _, a in spans], lengths)
     fine = FINE if lengths[0] > 2 * FINE else max(16, -(-lengths[0] // STRIPS))
     tiles = []
-    for first, end in _cut(0, lengths[0], COARSE):
-        for left, right in _cut(0, first, COARSE) if first else []:
+    for first, end in cut(0, lengths[0], COARSE):
+        for left, right in cut(0, first, COARSE) if first else []:
             tiles.append(Tile(first, end, left, right, sum(n > first for n in lengths)))
-        for upper, lower in _cut(first, end, fine):
+        for upper, lower in cut(first, end, fine):
             tiles.append(Tile(upper, lower, first, lower, sum(n > upper for n in lengths)))
     return Group(places, places, True, tuple(tiles))
 
 
-def _rectangle(spans: list[tuple[int, int, int]], tokens: int) -> Group:
+def _rectangle(spans: list[tuple[int, int, int]]) -> Group:
     rows, keys = max(m for _, m, _ in spans), spans[0][0]
-    queries = _places([a + n for n, _, a in spans], [m for _, m, _ in spans], tokens)
-    history = _places([a for _, _, a in spans], [n for n, _, _ in spans], tokens, at_end=True)
-    tiles = [Tile(*i, *j, len(spans)) for i in _cut(0, rows, COARSE) for j in _cut(0, keys, COARSE)]
+    queries = _places([a + n for n, _, a in spans], [m for _, m, _ in spans])
+    history = _places([a for _, _, a in spans], [n for n, _, _ in spans], at_end=True)
+    tiles = [Tile(*i, *j, len(spans)) for i in cut(0, rows, COARSE) for j in cut(0, keys, COARSE)]
     return Group(queries, history, False, tuple(tiles))
 
 
-def _places(first: list[int], lengths: list[int], tokens: int, at_end: bool = False) -> Places:
+def _places(first: list[int], lengths: list[int], at_end: bool = False) -> Places:
     """First tokens and lengths of G sequences, padded behind, or in front so that they end together."""
     longest = max(lengths)
     place = torch.arange(longest).expand(len(first), longest)
@@ -173,6 +191,5 @@ def _places(first: list[int], lengths: list[int], tokens: int, at_end: bool = Fa
     read = start + torch.minimum(place.clamp(min=0), length - 1)
     if min(lengths) == longest:
         follow = all(b - a == longest for a, b in pairwise(first))
-        return Places(read, read, None, first[0] if follow else None)
-    real = (place >= 0) & (place < length)
-    return Places(read, read.masked_fill(~real, tokens), real, None)
+        return Places(read, None, first[0] if follow else None)
+    return Places(read, (place >= 0) & (place < length), None)

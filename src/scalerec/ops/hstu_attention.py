@@ -37,7 +37,7 @@ def attention_plan(
     plan = make_plan(offsets, targets)
     if query_times is None or key_times is None:
         return plan
-    return with_buckets(plan, Times(query_times, key_times, buckets, time_log_base))
+    return with_buckets(plan, Times(query_times.double(), key_times.double(), buckets, time_log_base))
 
 
 def hstu_attention(
@@ -71,7 +71,7 @@ def hstu_attention(
         return hstu_attention_reference(q, k, v, offsets, **given, **biases, **times)
     times = None
     if time is not None and query_times is not None and key_times is not None:
-        times = Times(query_times, key_times, time.numel(), time_log_base)
+        times = Times(query_times.double(), key_times.double(), time.numel(), time_log_base)
     plan = plan or make_plan(offsets, targets)
     out = HSTUAttention.apply(q, k, v, position, time, plan, times, scale, alpha)
     return out if plan.targets is None else _add_own(out, q, k, v, offsets, plan, position, time, times, scale, alpha)
@@ -131,10 +131,10 @@ def hstu_attention_reference(
     last = torch.zeros_like(lengths) if targets is None else targets
     seen = None
     if time is not None and query_times is not None and key_times is not None:
-        delta = _pad(query_times, valid)[:, :, None] - _pad(key_times, valid)[:, None, :]
+        delta = _pad(query_times.double(), valid)[:, :, None] - _pad(key_times.double(), valid)[:, None, :]
         seen = bucket(delta, time.numel(), time_log_base)
     bias = relative_bias(n, lengths - last, position, time, seen)
-    padded = [_pad(x, valid) for x in (q, k, v)]
+    padded = (_pad(q, valid), _pad(k, valid), _pad(v, valid))
     return _dense(*padded, bias, lengths, last, scale, alpha, normalise)[valid]
 
 

@@ -31,6 +31,7 @@ class Merged(NamedTuple):
     times: Tensor  # [T]
     offsets: Tensor  # [U + 1]
     at: Tensor  # [T] where each token went, stream after stream
+    order: Tensor  # [T] the other way round: which token, counted stream after stream, came to each place
 
 
 def merge(streams: Sequence[Stream], users: int) -> Merged:
@@ -43,4 +44,4 @@ def merge(streams: Sequence[Stream], users: int) -> Merged:
     at[order] = torch.arange(len(order), device=order.device)
     lengths = torch.bincount(user, minlength=users)
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    return Merged(torch.cat([s.vectors for s in streams])[order], user[order], times[order], offsets, at)
+    return Merged(torch.cat([s.vectors for s in streams])[order], user[order], times[order], offsets, at, order)
