@@ -233,8 +233,8 @@ class Totals:
             return
         found = found.unflatten(0, (-1, part.heads)).transpose(1, 2)  # [G, n, H, d]
         if again:
-            if places.real is not None:
-                found = found * places.real[part.begin : part.end, :, None, None]
+            real = places.real
+            found = found.clone() if real is None else found * real[part.begin : part.end, :, None, None]
             index = places.read[part.begin : part.end].flatten()
             self.more.append((part.first, part.head, index, found.flatten(0, 1).to(self.rows.dtype)))
             return

@@ -22,7 +22,7 @@ TIME_LOG_BASE = 0.301  # log10(2), but of natural logarithms: a quirk of the pub
 COARSE = 512  # rows and keys of a tile: few steps, and what one of them needs is about as large as the second cache
 FINE = 128  # rows of a tile on the diagonal, half of whose last square is in vain
 STRIPS = 4  # of a short sequence
-OVERHEAD = 100_000  # pairs that could be worked out in the time that another group costs
+OVERHEAD = 50_000  # pairs that could be worked out in the time that another group costs
 
 
 class Tile(NamedTuple):
