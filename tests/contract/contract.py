@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args, get_origin
 import pydantic
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from scalerec import checkpoint, models
@@ -28,8 +29,10 @@ from scalerec.features.layout import Layout
 from scalerec.inference.export import dense_inputs, export_dense
 from scalerec.layers.embedding import Embedded
 from scalerec.losses import total
+from scalerec.models import hstu
 from scalerec.models.base import Model, ModelConfig
 from scalerec.models.sequential import SequentialModel
+from scalerec.ops.hstu_attention import hstu_attention
 from scalerec.training.optim import OptimizerConfig
 from tests.contract.world import World, other_items, without_pasts
 
@@ -63,6 +66,27 @@ class Maker:
             for _, weight in model.embeddings.table_weights():
                 weight[PADDING + 1 :] = 0.5 * torch.randn(weight[PADDING + 1 :].shape, generator=generator)
         return model
+
+
+class AttentionCounted:
+    """Counts the point-wise attention of HSTU as a kernel, by the pairs that see each other, not by its blocks."""
+
+    def __init__(self) -> None:
+        self.flops = 0
+
+    def __enter__(self) -> None:
+        def counted(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, **options: Any) -> Tensor:
+            if options["normalise"] == "softmax":
+                return hstu_attention(q, k, v, offsets, **options)  # plain torch, which counts itself
+            lengths = offsets.diff()
+            self.flops += 2 * q.shape[1] * (q.shape[2] + v.shape[2]) * int((lengths * (lengths + 1) // 2).sum())
+            with _disable_current_modes():
+                return hstu_attention(q, k, v, offsets, **options)
+
+        hstu.hstu_attention = counted  # type: ignore[assignment]
+
+    def __exit__(self, *_: object) -> None:
+        hstu.hstu_attention = hstu_attention
 
 
 Check = Callable[[Maker, World], None]
@@ -319,9 +343,10 @@ def check_flops(make: Maker, world: World) -> None:
     for config in (make.config, *variations(make)):
         model = make(config=config)
         for batch in some if config is make.config else some[:1]:
-            with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter, torch.no_grad():
+            kernel = AttentionCounted()
+            with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter, kernel, torch.no_grad():
                 model(batch)
-            counted, said = counter.get_total_flops(), model.flops(batch)
+            counted, said = counter.get_total_flops() + kernel.flops, model.flops(batch)
             assert said == counted, f"flops() says {said}, torch counts {counted}: {config!r}"
 
 

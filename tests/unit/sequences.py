@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from scalerec.batch import Batch, Jagged, Rows
 from scalerec.features.layout import FeatureLayout, GroupLayout, Layout, Table
-from scalerec.models.hstu import HSTU, State
+from scalerec.models.hstu import HSTU, HSTUConfig, State
 from scalerec.models.sequential import SequentialModel
 
 ITEMS, TABS, CITIES = 30, 8, 9
-NOW = 1.1e9
+NOW, DAY = 1.1e9, 86_400.0
 RESEARCH: dict[str, Any] = {"dim": 8, "qk_dim": 6, "v_dim": 5, "num_heads": 2, "slack": 3}
 
 
@@ -101,3 +101,39 @@ def changed_event(of: Batch, event: int, item: int | None = None, label: float |
         actions = replace(actions, values=actions.values.clone().index_fill_(0, torch.tensor([event]), label))
     user = replace(of.user, lists={**of.user.lists, "events": lists}, actions={"events": actions})
     return replace(of, user=user)
+
+
+def model_of(context: bool = False, slow: bool = False, max_len: int = 12, **options: Any) -> HSTU:
+    return awake(HSTUConfig(**{"goal": "ranking", **RESEARCH, **options}), layout(context, slow, max_len))
+
+
+def life(events: int, slow: int | None = None, seed: int = 0, context: bool = False) -> Rows:
+    """One user's events at few different times, so that many are equal; `slow` entries of the slow series."""
+    user = batch([events], context=context, slow=None if slow is None else [slow], seed=seed).user
+    coarse = {name: replace(past, values=past.values // (30 * DAY) * (30 * DAY)) for name, past in user.times.items()}
+    return replace(user, times=coarse)
+
+
+def first(user: Rows, events: int, slow: int | None = None, now: float = NOW) -> Rows:
+    """The user after so many events and slow entries, asking at `now`."""
+    many = {"events": events, "tabs": slow}
+
+    def cut(kept: dict[str, Jagged]) -> dict[str, Jagged]:
+        return {
+            name: jagged(past.values[: many[name]], [len(past.values[: many[name]])]) for name, past in kept.items()
+        }
+
+    moment = torch.tensor([now], dtype=torch.float64)
+    return replace(user, lists=cut(user.lists), times=cut(user.times), actions=cut(user.actions), now=moment)
+
+
+def full(model: HSTU, user: Rows) -> State:
+    with torch.no_grad():
+        return model.encode_user(model.embeddings(user)[0])
+
+
+def assert_same(found: State, expected: State) -> None:
+    for field in fields(State):
+        one, other = getattr(found, field.name), getattr(expected, field.name)
+        for a, b in zip(one, other, strict=True) if isinstance(one, list) else [(one, other)]:
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)

@@ -3,51 +3,34 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from scalerec.batch import Batch, Jagged, Rows
+from scalerec.batch import Jagged, Rows
 from scalerec.errors import InputError
 from scalerec.inference import forward_delta as delta_module
 from scalerec.inference.forward_delta import forward_delta, latest
 from scalerec.inference.history_cache import Counts, HistoryCache, model_identity
-from scalerec.models import hstu
-from scalerec.models.hstu import HSTU, HSTUConfig, State
 from scalerec.models.sasrec import SASRecConfig
-from scalerec.ops.appended_attention import appended_attention
-from scalerec.ops.hstu_attention import hstu_attention_reference, relative_bias
-from tests.unit.sequences import NOW, RESEARCH, awake, batch, jagged, layout
+from tests.unit.sequences import (
+    DAY,
+    NOW,
+    RESEARCH,
+    assert_same,
+    awake,
+    batch,
+    first,
+    full,
+    jagged,
+    layout,
+    life,
+    model_of,
+)  # fmt: skip
 
 LARGE = 1 << 30
-DAY = 86_400.0
-
-
-def model_of(context: bool = False, slow: bool = False, max_len: int = 12, **options: Any) -> HSTU:
-    return awake(HSTUConfig(**{"goal": "ranking", **RESEARCH, **options}), layout(context, slow, max_len))
-
-
-def life(events: int, slow: int | None = None, seed: int = 0, context: bool = False) -> Rows:
-    """One user's events at few different times, so that many are equal; `slow` entries of the slow series."""
-    user = batch([events], context=context, slow=None if slow is None else [slow], seed=seed).user
-    coarse = {name: replace(past, values=past.values // (30 * DAY) * (30 * DAY)) for name, past in user.times.items()}
-    return replace(user, times=coarse)
-
-
-def first(user: Rows, events: int, slow: int | None = None, now: float = NOW) -> Rows:
-    """The user after so many events and slow entries, asking at `now`."""
-    many = {"events": events, "tabs": slow}
-
-    def cut(kept: dict[str, Jagged]) -> dict[str, Jagged]:
-        return {
-            name: jagged(past.values[: many[name]], [len(past.values[: many[name]])]) for name, past in kept.items()
-        }
-
-    moment = torch.tensor([now], dtype=torch.float64)
-    return replace(user, lists=cut(user.lists), times=cut(user.times), actions=cut(user.actions), now=moment)
 
 
 def edited(user: Rows, event: int, item: int | None = None, time: float | None = None, flip: bool = False) -> Rows:
@@ -72,18 +55,6 @@ def without(user: Rows, event: int) -> Rows:
         return {**kept, "events": jagged(rest, [len(rest)])}
 
     return replace(user, lists=drop(user.lists), times=drop(user.times), actions=drop(user.actions))
-
-
-def full(model: HSTU, user: Rows) -> State:
-    with torch.no_grad():
-        return model.encode_user(model.embeddings(user)[0])
-
-
-def assert_same(found: State, expected: State) -> None:
-    for field in fields(State):
-        one, other = getattr(found, field.name), getattr(expected, field.name)
-        for a, b in zip(one, other, strict=True) if isinstance(one, list) else [(one, other)]:
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 def growth(user: Rows, slow: int | None, draw: torch.Generator) -> list[Rows]:
@@ -385,67 +356,3 @@ def test_what_cannot_be_kept():
         HistoryCache(model, "one", -1)
     with pytest.raises(InputError, match="only HSTU"):
         HistoryCache(awake(SASRecConfig(dim=8), layout()), "one", 0)
-
-
-@pytest.mark.parametrize("normalise", ["silu", "softmax"])
-@pytest.mark.parametrize("new", [1, 3, 8])
-def test_appended_attention_is_the_end_of_the_whole(normalise: Any, new: int):
-    torch.manual_seed(0)
-    q, k = torch.randn(2, 8, 2, 3, dtype=torch.float64)
-    v, position = torch.randn(8, 2, 5, dtype=torch.float64), torch.randn(17, dtype=torch.float64)
-    expected = hstu_attention_reference(
-        q, k, v, torch.tensor([0, 8]), scale=0.1, alpha=0.7, position=position, normalise=normalise
-    )
-    bias = relative_bias(8, torch.tensor([8]), position, None, None)
-    assert bias is not None
-    found = appended_attention(q[-new:], k, v, bias=bias[0, -new:], scale=0.1, alpha=0.7, normalise=normalise)
-    torch.testing.assert_close(found, expected[-new:])
-
-
-# -- candidate lists that one would not expect
-
-
-def candidates(model: HSTU, many: int) -> tuple[Batch, State]:
-    request = batch([12], [0] * max(many, 1)).take(torch.arange(many))
-    request = replace(request, user=batch([12]).user)
-    return request, HistoryCache(model, "one", LARGE).state("u", request.user)
-
-
-def test_no_candidates():
-    for options in ({}, {"variant": "production"}, {"attention": "softmax"}):
-        model = model_of(**options)
-        request, state = candidates(model, 0)
-        (items,) = model.embeddings(request.items)
-        assert model.score(state, items, request.user_of_row).logits.shape == (0, 1)
-        assert model(request).logits.shape == (0, 1)
-
-
-def test_repeated_candidates_score_alike():
-    model = model_of()
-    model.config = model.config.model_copy(update={"micro_batch": 4})
-    request, _ = candidates(model, 3)
-    many = request.take(torch.tensor([0, 1, 0, 2, 0, 1, 0, 0]))
-    with torch.no_grad():
-        scores, once = model(many).logits[:, 0], model(request).logits[:, 0]
-    torch.testing.assert_close(scores, once[[0, 1, 0, 2, 0, 1, 0, 0]], atol=1e-6, rtol=1e-6)
-
-
-def test_a_hundred_thousand_candidates(monkeypatch: pytest.MonkeyPatch):
-    """Micro-batches bound the memory: no more than one of them is ever scored at a time."""
-    model = model_of(num_layers=1, num_heads=1, qk_dim=4, v_dim=4, micro_batch=4096)
-    request, state = candidates(model, 100_000)
-    sizes = []
-    attend = hstu.candidate_attention
-
-    def watched(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        sizes.append(len(q))
-        return attend(q, *args, **kwargs)
-
-    monkeypatch.setattr(hstu, "candidate_attention", watched)
-    (items,) = model.embeddings(request.items)
-    with torch.no_grad():
-        scores = model.score(state, items, request.user_of_row).logits
-    assert max(sizes) == 4096 and sum(sizes) == 100_000
-    chunk = torch.arange(70_000, 70_010)
-    with torch.no_grad():
-        torch.testing.assert_close(model(request.take(chunk)).logits, scores[chunk], atol=1e-5, rtol=1e-5)

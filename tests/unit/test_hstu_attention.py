@@ -173,6 +173,14 @@ def test_slices_of_one_projection() -> None:
     torch.testing.assert_close(hstu_attention(**(c | {"q": q, "k": k, "v": v})), hstu_attention(**c), rtol=0, atol=0)
 
 
+def test_slopes_that_are_not_laid_out() -> None:
+    for lengths in ([40, 70, 1], [300]):
+        c = case(lengths, heads=1 + len(lengths) % 2)
+        q = c["q"].requires_grad_()
+        found, expected = (torch.autograd.grad(f(**c).sum(), q)[0] for f in (hstu_attention, hstu_attention_reference))
+        assert_close({"dq": found}, {"dq": expected}, 1e-5)
+
+
 def test_tables_larger_than_needed() -> None:
     c = case([20, 150], targets=[4, 0])
     wide = c | {"position": torch.nn.functional.pad(c["position"], (7, 7)), "time": torch.randn(300)}
@@ -297,7 +305,8 @@ def wrong(c: Case) -> dict[str, Case]:
         "time must": {"time": c["time"][None]},
         "needs query_times": {"query_times": None},
         "query_times and key_times": {"key_times": c["key_times"][:3]},
-        "the plan is of": {"plan": attention_plan(torch.tensor([0, 3]))},
+        "other offsets": {"plan": attention_plan(torch.tensor([0, 4, 11]))},
+        "or targets": {"plan": attention_plan(c["offsets"], targets=torch.tensor([1, 0]))},
         "the plan has": {"plan": attention_plan(**times, offsets=c["offsets"], buckets=5)},
     }
 

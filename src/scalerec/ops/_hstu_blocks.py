@@ -35,26 +35,31 @@ class Bias:
         self.sums = torch.promote_types(q.dtype, torch.float32)
         self.index = torch.empty(0, dtype=torch.int32)
         self.position, self.time = position, time
-        self.d_places = self.d_time = torch.empty(0)
+        self.by_gap = self.d_places = self.d_time = torch.empty(0)
         tiles = [tile for group in plan.groups for tile in group.tiles]
         if position is not None:
             # a row is the table from the gap of its first key on; the next row begins one earlier
-            rows = max((tile.end - tile.first for tile in tiles), default=0)
-            self.keys = max((tile.right for tile in tiles), default=0)
-            gaps = torch.arange(self.keys + rows) - torch.arange(rows)[:, None]
-            self.gaps = (gaps + (position.numel() // 2 - self.keys)).clamp_(0, position.numel() - 1)
-            self.places = position.detach().to(q.dtype)[self.gaps]  # [rows, keys + rows]
-            self.places.masked_fill_(gaps > self.keys, NEVER)
+            self.rows = max((tile.end - tile.first for tile in tiles), default=1)
+            self.keys = max((tile.right for tile in tiles), default=1)
+            gaps = torch.arange(1 - self.rows - self.keys, self.rows)
+            self.entries = (gaps + position.numel() // 2).clamp_(0, position.numel() - 1)
+            table = position.detach().to(q.dtype)[self.entries].masked_fill_(gaps > 0, NEVER)
+            self.places = scratch("places", q.dtype, self.rows, self.rows + self.keys)
+            from_last = torch.arange(self.rows).flip(0)
+            torch.index_select(table.as_strided(self.places.shape, (1, 1)), 0, from_last, out=self.places)
         if time is not None:
             self.buckets = time.detach().to(q.dtype).contiguous()
             widest = max((tile.right - tile.left for tile in tiles), default=0)
             self.lane = torch.arange(widest, dtype=torch.int32) % LANES * time.numel()
 
-    def of_thread(self) -> Bias:
+    def of_thread(self, number: int) -> Bias:
         """The same tables with sums of its own."""
         own = copy.copy(self)
         if self.position is not None:
-            own.d_places = torch.zeros(self.gaps.shape, dtype=self.sums)
+            # laid out askew, so that equal gaps lie below each other
+            own.by_gap = scratch(f"gaps {number}", self.sums, self.rows, len(self.entries)).zero_()
+            steps = (len(self.entries) - 1, 1)
+            own.d_places = own.by_gap.as_strided(self.places.shape, steps, self.rows - 1)
         if self.time is not None:
             own.d_time = torch.zeros(self.time.numel(), dtype=torch.float64)
         return own
@@ -94,7 +99,7 @@ class Bias:
         if self.position is not None:
             d_position = torch.zeros(self.position.numel(), dtype=self.sums)
             for own in of_threads:
-                d_position.index_add_(0, self.gaps.flatten(), own.d_places.flatten())
+                d_position.index_add_(0, self.entries, own.by_gap.sum(0))
             d_position = d_position.to(self.position.dtype)
         if self.time is not None:
             d_time = torch.stack([own.d_time for own in of_threads]).sum(0).to(self.time.dtype)
@@ -137,10 +142,10 @@ class Work:
         heads, width = x.shape[1:]
         if places.start is not None:
             start = places.start + self.begin * longest
-            rows = _flat(x[start : start + index.numel()])
+            rows = x[start : start + index.numel()].flatten(1)
         else:
             rows = scratch(name, x.dtype, sequences * longest, heads * width)
-            torch.index_select(_flat(x), 0, index.view(-1), out=rows)
+            torch.index_select(x.flatten(1), 0, index.view(-1), out=rows)
             if clean and places.real is not None:
                 rows.mul_(places.real[self.begin : self.end].view(-1, 1).to(rows.dtype))
         if heads == 1 and rows.is_contiguous():
@@ -229,16 +234,14 @@ class Totals:
 
     def put(self, found: Tensor, part: Work, places: Places, again: bool = False) -> None:
         """What the sums have become; `again` where tokens have a row already."""
-        if found.data_ptr() == self._rows(part, places).data_ptr():
-            return
-        found = found.unflatten(0, (-1, part.heads)).transpose(1, 2)  # [G, n, H, d]
+        by_token = found.unflatten(0, (-1, part.heads)).transpose(1, 2)  # [G, n, H, d]
         if again:
             real = places.real
-            found = found.clone() if real is None else found * real[part.begin : part.end, :, None, None]
+            kept = by_token.clone() if real is None else by_token * real[part.begin : part.end, :, None, None]
             index = places.read[part.begin : part.end].flatten()
-            self.more.append((part.first, part.head, index, found.flatten(0, 1).to(self.rows.dtype)))
-            return
-        self._rows(part, places).unflatten(0, found.shape[:2]).copy_(found)
+            self.more.append((part.first, part.head, index, kept.flatten(0, 1).to(self.rows.dtype)))
+        elif found.data_ptr() != (rows := self._rows(part, places)).data_ptr():
+            rows.unflatten(0, by_token.shape[:2]).copy_(by_token)
 
     def _rows(self, part: Work, places: Places) -> Tensor:
         longest = places.read.shape[1]
@@ -254,11 +257,6 @@ class Totals:
         return total
 
 
-def _flat(x: Tensor) -> Tensor:
-    """[n, H, d] -> [n, H d] without a copy where heads follow one another."""
-    return x.view(len(x), -1) if x.stride(1) == x.shape[2] and x.stride(2) == 1 else x.flatten(1)
-
-
 def _parts(plan: AttentionPlan, heads: int, bias: Bias) -> list[Work]:
     """The groups of a plan in parts that fit the second cache, and in more where there are too few for all threads."""
     threads, parts, first = torch.get_num_threads(), [], 0
@@ -266,7 +264,7 @@ def _parts(plan: AttentionPlan, heads: int, bias: Bias) -> list[Work]:
         largest = max((tile.end - tile.first) * (tile.right - tile.left) for tile in group.tiles)
         sequences = len(group.queries.read)
         edges = cut(0, sequences, max(1, BLOCK // (largest * heads)))
-        turns = min(heads, max(1, threads // plan.sequences))
+        turns = min(heads, max(1, threads // max(1, len(plan.offsets) - 1)))
         by_head = [slice(a, b) for a, b in cut(0, heads, -(-heads // turns))]
         parts += [Work(group, first, begin, end, head, bias) for begin, end in edges for head in by_head]
         first += group.queries.read.numel()
@@ -287,10 +285,11 @@ def run(plan: AttentionPlan, heads: int, bias: Bias, task: Callable[[Work], None
         least = loads.index(min(loads))
         lists[least].append(part)
         loads[least] += part.cost
-    biases = [bias.of_thread() for _ in lists]
+    biases = [bias.of_thread(number) for number in range(threads)]
+    inference = torch.is_inference_mode_enabled()  # of this thread, and the others must write to its memory
 
     def do(thread: int) -> None:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with torch.inference_mode(inference), torch.no_grad(), torch.autocast("cpu", enabled=False):
             for part in lists[thread]:
                 part.bias = biases[thread]
                 task(part)

@@ -61,9 +61,8 @@ class AttentionPlan:
     groups: tuple[Group, ...]
     row_of_query: Tensor  # [T] where a token lies among the padded queries of all groups; one behind them if in none
     row_of_key: Tensor  # [T] the same in causal groups
-    tokens: int
-    sequences: int
-    targets: Tensor | None
+    offsets: Tensor  # [S + 1]
+    targets: Tensor | None  # [S], None if there are none
     own_buckets: Tensor | None = None  # [T] bucket of a token towards itself
     bucket_count: int = 0
 
@@ -110,7 +109,7 @@ def make_plan(offsets: Tensor, targets: Tensor | None) -> AttentionPlan:
     causal = [group.queries for group in groups if group.causal]
     rows, keys = (_rows(places, edges[-1]) for places in ([group.queries for group in groups], causal))
     targets = targets if targets is not None and any(last) else None
-    return AttentionPlan(tuple(groups), rows, keys, edges[-1], len(spans), targets)
+    return AttentionPlan(tuple(groups), rows, keys, offsets, targets)
 
 
 def _rows(groups: list[Places], tokens: int) -> Tensor:

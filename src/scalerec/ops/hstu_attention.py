@@ -61,11 +61,12 @@ def hstu_attention(
 
     The last targets[s] tokens of sequence s are candidates: each sees the tokens before them all and itself, and takes
     the position of the first. A `plan` of the same offsets and targets is made once for all layers, and its buckets
-    take the place of the times. `softmax` weights add up to one and ignore `scale`.
+    take the place of the times. `softmax` weights add up to one and ignore `scale`; it takes the slow way, as do other
+    devices than the CPU, and needs the times themselves.
     """
     check(q, k, v, offsets, position, time, query_times, key_times, plan, targets)
     biases = {"position": position, "time": time}
-    if normalise == "softmax":
+    if normalise == "softmax" or q.device.type != "cpu":
         times = {"query_times": query_times, "key_times": key_times, "time_log_base": time_log_base}
         given = {"scale": scale, "alpha": alpha, "targets": targets, "normalise": normalise}
         return hstu_attention_reference(q, k, v, offsets, **given, **biases, **times)
@@ -172,7 +173,7 @@ def _dense(
     scores = alpha * torch.einsum("snhd,smhd->shnm", q, k)
     if bias is not None:
         scores = scores + bias[:, None].to(scores.dtype)
-    if normalise == "softmax":
+    if normalise == "softmax" or q.device.type != "cpu":
         weights = scores.masked_fill(~visible[:, None], float("-inf")).softmax(-1)
     else:
         weights = F.silu(scores) * scale * visible[:, None]
@@ -218,8 +219,11 @@ def check(
         need = int(places.max()) if len(places) else 0
         if position.dim() != 1 or position.numel() % 2 == 0 or position.numel() < 2 * need - 1:
             raise InputError(f"position must be [2N - 1] with N >= {need}, not {tuple(position.shape)}")
-    if plan is not None and (plan.tokens != total or plan.sequences != len(lengths)):
-        raise InputError(f"the plan is of {plan.tokens} tokens in {plan.sequences} sequences, not of these offsets")
+    if plan is not None:
+        given = torch.zeros_like(lengths) if targets is None else targets
+        planned = torch.zeros_like(lengths) if plan.targets is None else plan.targets
+        if not torch.equal(plan.offsets, offsets) or not torch.equal(planned, given):
+            raise InputError("the plan is of other offsets or targets than these; make one for every batch")
     if time is None:
         return
     if time.dim() != 1 or not time.numel():
