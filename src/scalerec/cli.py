@@ -187,6 +187,10 @@ def describe(options: argparse.Namespace) -> None:
     table.add_row(
         "forward FLOPs a row and dense parameter", f"{found['flops_per_row'] / found['dense_parameters']:.2f}"
     )
+    if "sequences" in found:
+        cost = found["sequences"]
+        table.add_row("targets in as many examples", f"{cost['targets']:,} in {cost['examples']:,}")
+        table.add_row("FLOPs with an example for each target", f"{cost['saving']:.1f} times as many")
     out.print(table)
     rows = [(f"token {i} ({t['side']})", t["features"]) for i, t in enumerate(found["tokens"])]
     rows = rows or [(f"{g['name']} ({g['side']}, {g['width']})", g["features"]) for g in found["groups"]]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -48,7 +48,7 @@ class HSTUConfig(SequentialConfig):
     position_bias: bool = True
     time_bias: bool = True
     time_log_base: PositiveFloat = 0.301  # the published code divides natural logarithms by log10(2)
-    slack: NonNegativeInt = 11  # tokens that N has beyond the longest history
+    slack: PositiveInt = 11  # tokens that N has beyond the longest history
     head: HeadKind = "mlp"
     head_hidden: PositiveInt = 128
     recompute: bool = False  # layers again in the backward pass instead of keeping what they made

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from scalerec.batch import Batch
+from scalerec.batch import Batch, Jagged
 from scalerec.data.reader import ParquetRows
 from scalerec.features.encoder import Encoder
 from scalerec.models.base import Model
+from scalerec.models.sequential import SequentialModel
 from scalerec.training.run import Run
 
 ROWS = 512  # the batch of the paper's FLOPs column
@@ -23,7 +25,32 @@ def describe(run: Run) -> dict[str, Any]:
     batch = encoder.encode(next(b for b in rows.batches("train") if b.num_rows).slice(0, ROWS))
     with torch.device("meta"):
         model = run.model.build(encoder.layout)
-    return {**figures(model, batch), "name": run.name, "tokens": tokens(model), "groups": groups(model)}
+    found = {**figures(model, batch), "name": run.name, "tokens": tokens(model), "groups": groups(model)}
+    if isinstance(model, SequentialModel):
+        found["sequences"] = session_cost(model, batch)
+    return found
+
+
+def session_cost(model: SequentialModel, batch: Batch) -> dict[str, float]:
+    """What one example for many targets saves against an example for each of them (spec C.10), in forward FLOPs."""
+    each = impressions(model, batch)
+    together, apart = model.flops(batch), model.flops(each)
+    return {"examples": len(batch), "targets": len(each), "flops": together, "flops_apart": apart,
+            "saving": apart / together}  # fmt: skip
+
+
+def impressions(model: SequentialModel, batch: Batch) -> Batch:
+    """Every target of a training batch as a row of its own with the past before it; rows stand in for its events."""
+    name = model.series.name
+    new = torch.zeros(len(batch), dtype=torch.long) if batch.new_events is None else batch.new_events
+    row = torch.repeat_interleave(torch.arange(len(batch)), new + 1)
+    back = torch.arange(len(row)) - torch.repeat_interleave((new + 1).cumsum(0) - new - 1, new + 1)  # 0: the row itself
+    each = replace(batch.take(row).unshared(), new_events=None)
+    past = each.user.lists[name]
+    place = torch.arange(len(past.values)) - torch.repeat_interleave(past.offsets[:-1], past.lengths)
+    before = place < torch.repeat_interleave(past.lengths - back, past.lengths)
+    cut = Jagged.from_lengths(past.values[before], past.lengths - back)
+    return replace(each, user=replace(each.user, lists={**each.user.lists, name: cut}))
 
 
 def figures(model: Model, batch: Batch) -> dict[str, Any]:
