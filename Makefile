@@ -45,6 +45,7 @@ endif
 
 demo: .venv/base
 	$(BIN)/scalerec compare rankmixer_movielens_100k dcnv2_movielens_100k dlrm_mlp_movielens_100k --seeds 2 --workers 2 --out runs/demo
+	$(BIN)/scalerec compare hstu_movielens_100k sasrec_movielens_100k --seeds 1 --workers 2 --training.epochs 10 --out runs/demo_retrieval
 
 # One thread a process: with more, the processes fight for the cores.
 test: .venv/dev
