@@ -51,7 +51,7 @@ class HSTUConfig(SequentialConfig):
     slack: PositiveInt = 11  # tokens that N has beyond the longest history
     head: HeadKind = "mlp"
     head_hidden: PositiveInt = 128
-    recompute: bool = False  # layers again in the backward pass instead of keeping what they made
+    recompute: Literal["none", "linear", "layer"] = "none"  # in the backward pass: all but attention, or whole layers
     micro_batch: PositiveInt = 1024  # candidates scored together over one cached history
 
     def build(self, layout: Layout) -> HSTU:
@@ -169,9 +169,8 @@ class HSTU(SequentialModel):
         self.context: list[FeatureLayout] = user.flat if config.context else []
         self.of_context = nn.ModuleDict({f.name: nn.Linear(f.width, d) for f in self.context})
         each = 2 if self.action is not None and config.actions == "interleaved" else 1
-        self.longest = (
-            len(self.context) + each * self.series.max_len + sum(s.max_len for s in self.auxiliary) + config.slack
-        )
+        slow = sum(series.max_len for series in self.auxiliary)
+        self.longest = len(self.context) + each * self.series.max_len + slow + config.slack  # N
         self.place = nn.Parameter(torch.empty(POSITIONS if production else self.longest, d))
         nn.init.trunc_normal_(self.place, std=d**-0.5, a=-2 * d**-0.5, b=2 * d**-0.5)
         self.age = nn.Parameter(d**-0.5 * torch.randn(AGES, d)) if production and self.series.time else None
@@ -190,9 +189,10 @@ class HSTU(SequentialModel):
         tokens = self.tokens(user)
         now = self.now(user, tokens)
         x = self.enter(tokens.vectors, self.positions(tokens), tokens.times, now[tokens.user])
+        has = (tokens.offsets.diff() > 0).nonzero()[:, 0]
+        ends = tokens.offsets[1:][has] - 1
         upcoming = tokens.times.roll(-1)  # each token asks at the time of the next one, the last one now
-        ends = tokens.offsets[1:][tokens.offsets.diff() > 0] - 1
-        upcoming[ends] = now[tokens.offsets.diff() > 0]
+        upcoming[ends] = now[has]
         timed = self.timed
         plan = attention_plan(
             tokens.offsets, query_times=upcoming if timed else None, key_times=tokens.times if timed else None,
@@ -202,26 +202,28 @@ class HSTU(SequentialModel):
         keys, values = [], []
         for layer in self.layers:
             assert isinstance(layer, HSTULayer)
-            if self.config.recompute and self.training:
-                x, k, v = checkpoint(self._layer, layer, x, across, use_reentrant=False)  # type: ignore[misc]
+            if self.config.recompute == "layer" and self.training:
+                x, k, v = checkpoint(self.through, layer, x, across, use_reentrant=False)  # type: ignore[misc]
             else:
-                x, k, v = self._layer(layer, x, across)
+                x, k, v = self.through(layer, x, across)
             keys.append(k)
             values.append(v)
-        has = tokens.offsets.diff() > 0
-        at_end = x.new_zeros(len(has), x.shape[1]).index_copy(0, has.nonzero()[:, 0], x[ends])
+        at_end = x.new_zeros(len(now), x.shape[1]).index_copy(0, has, x[ends])
         return State(
             x[tokens.after], at_end, tokens.foresees, keys, values, tokens.offsets, tokens.times, now, x, tokens.event
         )
 
-    def _layer(self, layer: HSTULayer, x: Tensor, across: Across) -> tuple[Tensor, Tensor, Tensor]:
-        u, v, q, k = layer.project(x)
+    def through(self, layer: HSTULayer, x: Tensor, across: Across) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, D] through one layer, with its keys and values."""
+        again = self.config.recompute == "linear" and self.training
+        u, v, q, k = checkpoint(layer.project, x, use_reentrant=False) if again else layer.project(x)  # type: ignore
         attended = hstu_attention(
             q, k, v, across.offsets, scale=1 / self.longest, alpha=self.alpha, position=layer.position,
             time=layer.time if self.timed else None, query_times=across.upcoming, key_times=across.times,
             time_log_base=self.config.time_log_base, plan=across.plan, normalise=self.config.attention,
         )  # fmt: skip
-        return layer.finish(x, u, attended), k, v
+        finished = checkpoint(layer.finish, x, u, attended, use_reentrant=False) if again else None
+        return layer.finish(x, u, attended) if finished is None else finished, k, v  # type: ignore[return-value]
 
     def enter(self, vectors: Tensor, positions: Tensor, times: Tensor, now: Tensor) -> Tensor:
         """Token vectors [n, D] with their place (and age), scaled and dropped out."""
