@@ -26,7 +26,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.machine import describe_machine, options
-from scalerec.models.hstu import HSTU, Across, HSTUConfig, HSTULayer
+from scalerec.layers.hstu import HSTULayer
+from scalerec.models.hstu import HSTU, Across, HSTUConfig
 from scalerec.ops.hstu_attention import attention_plan
 
 HEADS, DROPOUT = 4, 0.2
@@ -40,7 +41,10 @@ class Layers(nn.Module):
     def __init__(self, config: HSTUConfig, tokens: int, layers: int):
         super().__init__()
         self.config, self.longest, self.alpha, self.timed = config, tokens, 1.0, True
-        self.layers = nn.ModuleList(HSTULayer(config, tokens) for _ in range(layers))
+        width = config.qk_dim
+        self.layers = nn.ModuleList(
+            HSTULayer(config.dim, HEADS, width, width, longest=tokens, dropout=DROPOUT) for _ in range(layers)
+        )
         times = torch.arange(tokens + 1).double() * 3600
         offsets = torch.tensor([0, tokens])
         plan = attention_plan(offsets, query_times=times[1:], key_times=times[:-1])
@@ -108,7 +112,7 @@ def causal(model: nn.Module, x: Tensor) -> Tensor:
         normed = layer.norm1(x)
         q, k, v = nn.functional.linear(normed, attention.in_proj_weight, attention.in_proj_bias).chunk(3, -1)
         heads = [y.unflatten(-1, (HEADS, -1)).transpose(1, 2) for y in (q, k, v)]
-        a = nn.functional.scaled_dot_product_attention(*heads, is_causal=True)
+        a = nn.functional.scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=True)
         x = x + layer.dropout1(attention.out_proj(a.transpose(1, 2).flatten(2)))
         x = x + layer._ff_block(layer.norm2(x))
     return x

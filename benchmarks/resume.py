@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,9 @@ def outcome(folder: Path) -> dict[str, Any]:
     }
 
 
-def killed(folder: Path, step: int, environment: dict[str, str]) -> tuple[int, int]:
+def killed(
+    folder: Path, step: int, environment: dict[str, str], command: Callable[..., list[str]] = command
+) -> tuple[int, int]:
     """Train into `folder`, kill -9 once `step` is logged, resume to the end: (step killed after, step resumed from)."""
     running = subprocess.Popen(command(folder), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = folder / "log.jsonl"

@@ -264,11 +264,22 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def _tables(tables: dict[str, dict[str, float]], title: str) -> None:
-    table = Table("metric", *tables, title=title)
-    for metric in next(iter(tables.values())):
-        values = (found[metric] for found in tables.values())
-        table.add_row(metric, *(f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for v in values))
-    out.print(table)
+    """One table for each kind of metrics: of tasks, and of the next item."""
+    kinds: dict[str, dict[str, dict[str, float]]] = {}
+    for name, found in tables.items():
+        kinds.setdefault(next(iter(found)), {})[name] = found
+    for kind in kinds.values():
+        table = Table("metric", *kind, title=title)
+        for metric in dict.fromkeys(metric for found in kind.values() for metric in found):
+            table.add_row(metric, *(_cell(found.get(metric)) for found in kind.values()))
+        out.print(table)
+
+
+def _cell(value: float | None) -> str:
+    """A number for people; blank for an interval that there is not, with too few users."""
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
 def _say(message: str) -> None:

@@ -6,6 +6,7 @@ table has and where buckets lie is known only after `Encoder.fit` and lives in t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
@@ -87,7 +88,8 @@ class Sequence(Frozen):
     name: str
     fields: Annotated[tuple[SequenceField, ...], Field(min_length=1)]
     time: bool = False  # keep the events' times, in the list column "<sequence>_time"
-    actions: tuple[str, ...] = ()  # labels kept with each event, in the list columns "<sequence>_<label>"
+    actions: tuple[str, ...] = ()  # labels kept with each event, in the list columns "<sequence>_<label>": null where
+    # their task's mask or weight is 0 or missing; of any other weight nothing is kept
     where: str = ""  # column of the log: only events in which it is not zero are kept
     runs: bool = False  # a slowly changing series: of events in a row with one id only the first is kept
     max_len: PositiveInt = 50
@@ -178,6 +180,15 @@ class Schema(Frozen):
         columns = [c for task in self.tasks for c in (task.column, task.weight, task.mask) if c]
         return list(dict.fromkeys([*columns, *([self.new_events] if self.new_events else [])]))
 
+    def counting_columns(self, label: str) -> list[str]:
+        """The mask and the weight of the label's task: where one of them is 0 or missing, the label does not count."""
+        return [c for task in self.tasks if task.column == label for c in (task.mask, task.weight) if c]
+
+    def shared_label(self, labels: Iterable[str]) -> str | None:
+        """The first of these labels that two tasks have."""
+        columns = [task.column for task in self.tasks]
+        return next((label for label in labels if columns.count(label) > 1), None)
+
     @model_validator(mode="after")
     def _consistent(self) -> Schema:
         names = [feature.name for feature in self.features]
@@ -203,4 +214,10 @@ class Schema(Frozen):
                         raise ValueError(
                             f"sequence {feature.name!r}: {field.of!r} is not a categorical feature of this schema"
                         )
+                shared = self.shared_label(feature.actions)
+                if shared is not None:
+                    raise ValueError(
+                        f"sequence {feature.name!r}: an event keeps one action a label, but two tasks have the label "
+                        f"{shared!r}: give each a column of its own"
+                    )
         return self

@@ -416,14 +416,14 @@ WITH_ACTIONS = Schema(
 )
 
 
-def acted(rows: int = 1, **columns: Any) -> Batch:
+def acted(rows: int = 1, *, first: int = 0, schema: Schema = WITH_ACTIONS, **columns: Any) -> Batch:
     fixed = {
         "user": ["u"] * rows, "item": [1] * rows, "at": [3] * rows, "new": [1] * rows, "like": [0] * rows,
         "buy": [1] * rows, "past_item": [[1, 2, 1]] * rows, "past_time": [[0, 1, 2]] * rows,
         "past_like": [[1, 0, None]] * rows, "past_buy": [[True, True, False]] * rows,
     }  # fmt: skip
-    rows = pa.RecordBatch.from_pydict({name: pa.array(columns.get(name, value)) for name, value in fixed.items()})
-    return Encoder.fit(WITH_ACTIONS, [rows]).encode(rows)
+    batch = pa.RecordBatch.from_pydict({name: pa.array(columns.get(name, value)) for name, value in fixed.items()})
+    return Encoder.fit(schema, [batch]).encode(batch, where="day", index=np.arange(first, first + rows))
 
 
 def test_a_past_keeps_actions_and_the_row_its_time_and_new_events():
@@ -459,6 +459,72 @@ def test_rows_of_a_user_at_different_times_or_after_other_actions_are_apart():
 def test_an_action_unlike_itself_is_the_same_when_both_are_unknown():
     batch = acted(2, past_like=[[1, 0, None], [1, 0, None]])
     assert batch.user_of_row.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("wrong", [2, 5, -1, 0.5])
+def test_a_label_in_a_past_is_0_or_1_or_missing(wrong):
+    likes = [[1, 0, 1], [1, None, math.nan], [0, 1, wrong], [1, 1, 7]]
+    with pytest.raises(InputError, match=f"^day, row 42: label 'past_like' is {wrong}, must be 0 or 1$"):
+        acted(4, past_like=likes, first=40)
+    with pytest.raises(InputError, match=f"^day, row 0: label 'past_buy' is {wrong}, must be 0 or 1$"):
+        acted(1, past_buy=[[0, wrong, 1]])
+    assert len(acted(2, past_like=likes[:2])) == 2
+
+
+def test_two_tasks_with_one_label_cannot_keep_it_in_a_past():
+    tasks = [{"name": "likes", "label": "like"}, {"name": "like"}]
+    wrong = WITH_ACTIONS.model_dump(mode="json") | {"tasks": tasks}
+    with pytest.raises(ValueError, match=r"sequence 'past': .* two tasks have the label 'like'"):
+        Schema.model_validate(wrong)
+    for group in wrong["groups"]:
+        group["features"] = [
+            feature | ({"actions": ["buy"]} if "actions" in feature else {}) for feature in group["features"]
+        ]
+    assert len(Schema.model_validate(wrong).tasks) == 2
+
+
+# -- the order of a past
+
+
+@pytest.mark.parametrize(
+    ("times", "at", "words"),
+    [
+        ([[0, 1, 2], [0, 2, 1]], [3, 3], "row 11: 'past_time' goes back in time at its event 3 of 3: sort each"),
+        ([[0, 1, 2], [2, 1, 3]], [3, 3], "row 11: 'past_time' goes back in time at its event 2 of 3"),  # before the cut
+        ([[1, 2, 4], [0, 0, 0]], [3, 3], "row 10: 'past_time' is later than the row's own time at its event 3 of 3"),
+        ([[0, 1, 2], [4, 4, 4]], [3, 3], "row 11: 'past_time' is later than the row's own time at its event 1 of 3"),
+    ],
+)
+def test_a_past_out_of_order_or_after_its_row_is_refused(times, at, words):
+    with pytest.raises(InputError, match=f"^day, {words}"):
+        acted(2, past_time=times, at=at, first=10)
+
+
+def test_equal_times_are_in_order_and_a_new_list_may_begin_earlier():
+    assert len(acted(3, past_time=[[1, 1, 1], [0, 3, 3], [0, 0, 1]], at=[1, 3, 9])) == 3
+
+
+def test_without_times_of_rows_only_the_order_is_checked():
+    timeless = WITH_ACTIONS.model_copy(update={"time": None})
+    assert acted(1, past_time=[[7, 8, 9]], schema=timeless).user.now is None
+    with pytest.raises(InputError, match="goes back in time at its event 2 of 3"):
+        acted(1, past_time=[[7, 6, 9]], schema=timeless)
+
+
+@given(st.lists(st.tuples(st.lists(st.integers(0, 4), max_size=4), st.integers(2, 4)), min_size=1, max_size=6))
+@settings(deadline=None, max_examples=150)
+def test_the_order_is_checked_as_a_loop_would(pasts):
+    columns = {"past_time": pa.array([past for past, _ in pasts], pa.list_(pa.int64())), "at": [at for _, at in pasts]}
+    for name in ("item", "like", "buy"):
+        columns[f"past_{name}"] = pa.array([[1] * len(past) for past, _ in pasts], pa.list_(pa.int64()))
+    back = [row for row, (past, _) in enumerate(pasts) if past != sorted(past)]
+    late = [row for row, (past, at) in enumerate(pasts) if any(time > at for time in past)]
+    if not back and not late:
+        assert acted(len(pasts), **columns).user.times["past"].offsets[-1] <= 2 * len(pasts)
+        return
+    words = f"row {back[0]}: 'past_time' goes back" if back else f"row {late[0]}: 'past_time' is later"
+    with pytest.raises(InputError, match=f"^day, {words}"):
+        acted(len(pasts), **columns)
 
 
 def test_a_log_without_tasks():
@@ -643,7 +709,9 @@ def maybe(strategy: st.SearchStrategy) -> st.SearchStrategy:
 
 
 items, cities = st.integers(0, 4), st.sampled_from(["x", "y", ""])
-events = st.lists(st.tuples(maybe(items), maybe(cities), st.integers(0, 9).map(float)), max_size=3)
+events = st.lists(st.tuples(maybe(items), maybe(cities), st.integers(0, 9).map(float)), max_size=3).map(
+    lambda past: sorted(past, key=lambda event: event[2])
+)
 raw_rows = st.fixed_dictionaries(
     {
         "user": maybe(st.sampled_from(["a", "b"])),

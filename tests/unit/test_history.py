@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 from typing import Any
 
 import numpy as np
@@ -275,6 +276,112 @@ def test_actions_are_kept_and_null_stays_null() -> None:
         history.replay(SERIES, series(rows).drop_columns(["buy"]))
     with pytest.raises(InputError, match=r"'buy'.*'all'"):
         history.append({}, {"time": 1, "item_id": 1, "maker": "x", "like": 1}, SERIES)
+
+
+# -- actions that a task does not count
+
+COUNTED = SERIES.model_copy(
+    update={
+        "groups": (
+            Group(
+                name="past",
+                side="user",
+                features=(
+                    Sequence(
+                        name="all", fields=(SequenceField(of="item"),), time=True, actions=("like", "buy", "read")
+                    ),
+                    Sequence(name="liked", fields=(SequenceField(of="item"),), where="like", actions=("both", "buy")),
+                ),
+            ),
+            SERIES.groups[1],
+        ),
+        "tasks": (
+            Task(name="likes", label="like", mask="shown"),
+            Task(name="buy", weight="worth"),
+            Task(name="both", mask="shown", weight="worth"),
+        ),
+    }
+)
+counted_events = st.fixed_dictionaries(
+    {
+        "user": st.sampled_from(["a", "b", None]),
+        "item_id": st.one_of(st.none(), st.integers(0, 9)),
+        "maker": st.just("x"),
+        **{label: st.sampled_from([0, 1, None]) for label in ("like", "buy", "read", "both")},
+        "shown": st.sampled_from([0, 1, 7, None]),
+        "worth": st.sampled_from([0.0, 1.0, 0.25, math.nan, math.inf, None]),
+    }
+)
+
+
+def counted_log(rows: list[dict[str, Any]]) -> pa.Table:
+    kinds = COLUMNS | {name: pa.int8() for name in ("buy", "read", "both", "shown")} | {"worth": pa.float64()}
+    return pa.table({name: pa.array([row[name] for row in rows], kind) for name, kind in kinds.items()})
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows=st.lists(counted_events, max_size=15))
+def test_replay_and_append_keep_the_same_actions_and_only_counted_ones(rows: list[dict]) -> None:
+    rows = [row | {"time": time} for time, row in enumerate(rows)]
+    states: dict[Any, history.State] = {}
+    told, expected = [], []
+    for row in rows:
+        state = states.get(row["user"], {}) if row["user"] is not None else {}
+        told.append(history.as_columns(state, COUNTED))
+        states[row["user"]] = history.append(state, row, COUNTED)
+        past = [e for e in rows if e["user"] == row["user"] is not None and e["time"] < row["time"]]
+        past = [e for e in past if e["item_id"] is not None]
+        shown = [e["shown"] in (1, 7) for e in past]
+        worth = [e["worth"] in (1.0, 0.25) for e in past]
+        liked = [i for i, e in enumerate(past) if e["like"]]
+        buys = [e["buy"] if paid else None for e, paid in zip(past, worth)]
+        both = [e["both"] if seen and paid else None for e, seen, paid in zip(past, shown, worth)]
+        expected.append(
+            {
+                "all_item": [e["item_id"] for e in past],
+                "all_time": [e["time"] for e in past],
+                "all_like": [e["like"] if seen else None for e, seen in zip(past, shown)],
+                "all_buy": buys,
+                "all_read": [e["read"] for e in past],  # no task has it
+                "liked_item": [past[i]["item_id"] for i in liked],  # `where` asks the log, not a task
+                "liked_both": [both[i] for i in liked],
+                "liked_buy": [buys[i] for i in liked],
+            }
+        )
+    assert told == expected
+    assert history.replay(COUNTED, counted_log(rows)).select(list(told[0]) if told else []).to_pylist() == told
+
+
+EVENT = {"user": "a", "time": 1, "item_id": 4, "like": 1, "buy": 1, "read": 1, "both": 1, "shown": True, "worth": 2.5}
+
+
+@pytest.mark.parametrize(("column", "sequence"), [("shown", "all"), ("worth", "all"), ("both", "liked")])
+def test_what_decides_whether_an_action_counts_must_be_there(column: str, sequence: str) -> None:
+    assert history.append({}, EVENT, COUNTED) == {"all": ((4, 1, 1, 1, 1),), "liked": ((4, 1, 1),)}
+    without = {name: value for name, value in EVENT.items() if name != column}
+    with pytest.raises(InputError, match=f"event: no '{column}', which sequence '{sequence}' needs"):
+        history.append({}, without, COUNTED)
+    log = counted_log([EVENT | {"maker": "x", "shown": 1}])
+    with pytest.raises(InputError, match=f"no column '{column}'"):
+        history.replay(COUNTED, log.drop_columns([column]))
+
+
+def test_a_mask_of_text_is_refused() -> None:
+    with pytest.raises(InputError, match="'shown' is string, not a number"):
+        history.append({}, EVENT | {"shown": "yes"}, COUNTED)
+    log = counted_log([EVENT | {"maker": "x", "shown": 1}])
+    log = log.set_column(log.column_names.index("shown"), "shown", pa.array(["yes"]))
+    with pytest.raises(InputError, match="'shown' is string, not a number"):
+        history.replay(COUNTED, log)
+
+
+def test_masked_labels_of_any_type_become_null() -> None:
+    log = counted_log([EVENT | {"maker": "x", "shown": shown, "time": shown} for shown in (0, 1, 2)])
+    for like in (pa.array([True, False, True]), pa.array([1, 0, 1]).dictionary_encode(), pa.nulls(3)):
+        found = history.replay(COUNTED.model_copy(update={"groups": (
+            Group(name="past", side="user", features=(COUNTED.sequences[0],)), SERIES.groups[1],
+        )}), log.set_column(log.column_names.index("like"), "like", like))  # fmt: skip
+        assert found["all_like"].to_pylist()[2] == [None, like[1].as_py()]
 
 
 def test_ordered_ties_see_the_rows_before_them() -> None:

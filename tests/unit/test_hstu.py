@@ -136,8 +136,8 @@ def test_retrieval_foresees_new_events_and_the_row():
     assert liked.foreseen(wanted).at.tolist() == [3, 6, 7]
 
 
-def test_what_follows_a_slow_series_is_not_foreseen():
-    """Spec C.3: no loss where the next token is not content."""
+def test_the_next_content_is_foreseen_from_the_token_before_it():
+    """Behind a slow series too: a content followed by another token is asked there, as a request would (spec C.3)."""
     whole = batch([3], slow=[1], new=[3])
     times = {
         "events": jagged(torch.tensor([1.0, 2.0, 4.0]).double(), [3]),
@@ -145,8 +145,51 @@ def test_what_follows_a_slow_series_is_not_foreseen():
     }
     whole = replace(whole, user=replace(whole.user, times=times))
     model = awake(HSTUConfig(dim=8, qk_dim=6, v_dim=5), layout(slow=True))
-    assert model.tokens(model.embeddings(whole.user)[0]).foresees.tolist() == [True, False, True]
-    assert model.objective(whole)["next"].weight == 2
+    assert model.tokens(model.embeddings(whole.user)[0]).after.tolist() == [0, 2, 3]
+    assert model.objective(whole)["next"].weight == 3
+    times["tabs"] = jagged(torch.tensor([6.0]).double(), [1])
+    ends = replace(whole, user=replace(whole.user, times=times))
+    state = state_of(model, ends)
+    assert torch.equal(state.at_event[-1:], state.at_end)  # the slow token, which is what scoring reads
+
+
+@pytest.mark.parametrize(("goal", "actions"), [("ranking", "interleaved"), ("retrieval", "none")])
+def test_training_asks_what_scoring_answers(goal: Any, actions: Any):
+    """A past target gets what a request at its time would: the history before it, cut out and scored as a row."""
+    of = layout(context=True, slow=True)
+    whole = batch([9], slow=[3], context=True, new=[9])
+    model = awake(HSTUConfig(goal=goal, actions=actions, **{**RESEARCH, "dim": 8}), of)
+    state, user = state_of(model, whole), whole.user
+    for event in range(1, 9):
+        when = user.times["events"].values[event]
+        before = {"events": torch.arange(9) < event, "tabs": user.times["tabs"].values < when}
+        lists, times, actions = (
+            {k: jagged(v.values[before[k]], [int(before[k].sum())]) for k, v in held.items()}
+            for held in (user.lists, user.times, user.actions)
+        )
+        past = replace(user, lists=lists, times=times, actions=actions, now=when[None])
+        ids = torch.cat([user.lists["events"].values[event], whole.items.ids[0, 1:]])[None]
+        asked = replace(whole, user=past, items=replace(whole.items, ids=ids))
+        if goal == "ranking":
+            assert model.heads is not None
+            found, expected = model.heads(state.hidden[state.event[event]])[None], model(asked).logits
+        else:
+            found, expected = state.at_event[event - 1 : event], state_of(model, asked).at_end
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_production_variant_learns_from_rows_alone():
+    """Its places and ages are relative to one request: a past target would be asked from its future."""
+    model = awake(HSTUConfig(goal="joint", actions="interleaved", variant="production", **RESEARCH), layout())
+    terms = model.objective(batch([9, 5, 0], new=[9, 5, 0]))
+    assert terms["like"].weight == 3 and terms["next"].weight == 2
+
+
+def test_a_history_longer_than_the_model_knows_is_refused():
+    whole = batch([13])
+    for config in (HSTUConfig(dim=8, qk_dim=6, v_dim=5), SASRecConfig(dim=8), TwoTowerConfig(dim=8, hidden=(16,))):
+        with pytest.raises(InputError, match="a history of 13 events where 'events' has at most 12"):
+            awake(config, layout())(whole)
 
 
 def test_streams_are_merged_by_time():
@@ -162,8 +205,7 @@ def test_streams_are_merged_by_time():
     # city, item 0, its action, tab 0, tab 1, item 1, its action
     assert tokens.times.tolist() == [5, 5, 5, 5, 6, 7, 7]
     assert tokens.event.tolist() == [1, 5]
-    assert tokens.after.tolist() == [2, 6]
-    assert tokens.foresees.tolist() == [False, True]
+    assert tokens.after.tolist() == [4, 6]
 
 
 def test_layers_computed_again_in_the_backward_pass_give_the_same():

@@ -303,6 +303,34 @@ def test_the_past_keeps_actions_times_and_changes(tmp_path: Path) -> None:
     assert batch.user.actions["events"].values.isnan().tolist() == [[False, False], [True, False], [True, True]]
 
 
+def test_a_history_kept_online_is_the_one_of_the_files(tmp_path: Path) -> None:
+    rows = [row("a", time, time, like=time % 2, shown=shown) for time, shown in enumerate([1, 0, None, 1, 1])]
+    sequences = Sequences(of=source(tmp_path / "log", rows), protocol="public")
+    state: history.State = {}
+    for event in rows[:-1]:
+        state = history.append(state, event, sequences.schema())
+    test = next(found for found in read(sequences) if found["part"] == "test")
+    online = history.as_columns(state, sequences.schema())
+    assert online == {name: test[name] for name in online}
+    assert online["events_like"] == [0, None, None, 1]
+
+
+def test_the_label_of_a_masked_row_stays_as_it_was_and_does_not_count(tmp_path: Path) -> None:
+    sequences = Sequences(of=source(tmp_path / "log", [row("a", 0, 1), row("a", 5, 2, like=1, shown=0)]))
+    (found,) = ParquetRows.of(sequences, sequences.prepare()).batches("test")
+    assert found["like"].to_pylist() == [1]
+    assert Encoder.fit(sequences.schema(), [found]).encode(found).weights.tolist() == [[0.0, 1.0]]
+
+
+def test_two_tasks_with_one_label_are_refused_where_it_is_an_action(tmp_path: Path) -> None:
+    shared = SCHEMA.model_copy(update={"tasks": (*SCHEMA.tasks, Task(name="all likes", label="like"))})
+    (tmp_path / "schema.json").write_text(shared.model_dump_json())
+    of = Parquet(path="p", schema_file=str(tmp_path / "schema.json"))
+    with pytest.raises(InputError, match=r"two tasks have the label 'like': .* --data\.actions false"):
+        Sequences(of=of).schema()
+    assert len(Sequences(of=of, actions=False).schema().tasks) == 3
+
+
 def test_schema_of_sequences(tmp_path: Path) -> None:
     of = source(tmp_path / "log", [row(*entry) for entry in LOG])
     schema = Sequences(of=of, fields=("maker", "item"), auxiliary=("tab", "city"), context=("city",)).schema()

@@ -40,6 +40,13 @@ LAYOUT = Layout(
 )
 
 
+def layout(longest):
+    """The layout with events of at most so many."""
+    events = SEQUENCES[1].model_copy(update={"max_len": longest})
+    past = GroupLayout(name="past", side="user", features=(SEQUENCES[0], events))
+    return Layout(tables=LAYOUT.tables, groups=(past, LAYOUT.groups[1]), tasks=LAYOUT.tasks)
+
+
 def make_batch(lengths, user_of_row=None, new_events=None, seed=0):
     """Users with so many events; event i of all has genre i and label i, so that what belongs together is seen."""
     torch.manual_seed(seed)
@@ -87,26 +94,26 @@ TABLE = {  # spec C.9, every user as long as allowed: (L, chance to stay whole, 
 @pytest.mark.parametrize(("alpha", "max_len"), [(alpha, n) for alpha, row in TABLE.items() for n in row])
 def test_table_of_the_specification(alpha, max_len):
     length, whole, sparsity = TABLE[alpha][max_len]
-    transform = StochasticLength(alpha=alpha, max_len=max_len)
+    transform = StochasticLength(alpha=alpha)
     full = np.full(3, max_len)
-    assert transform.length == length
-    assert transform.keep_whole(full) == pytest.approx(whole, abs=5e-5)
-    assert 100 * transform.sparsity(full) == pytest.approx(sparsity, abs=0.06)  # 14.648 is printed as 14.7
+    assert transform.length(max_len) == length
+    assert transform.keep_whole(full, max_len) == pytest.approx(whole, abs=5e-5)
+    assert 100 * transform.sparsity(full, max_len) == pytest.approx(sparsity, abs=0.06)  # 14.648 is printed as 14.7
 
 
 def test_sparsity_is_what_the_transform_leaves_out():
     lengths = [200, 60, 20, 5, 120] * 400
-    transform = StochasticLength(alpha=1.7, max_len=200, selector="random")
-    found = transform(make_batch(lengths), LAYOUT, random())
+    transform = StochasticLength(alpha=1.7, selector="random")
+    found = transform(make_batch(lengths), layout(200), random())
     left = len(found.user.lists["events"].values) / sum(lengths)
-    assert 1 - left == pytest.approx(transform.sparsity(np.array(lengths)), abs=0.015)
+    assert 1 - left == pytest.approx(transform.sparsity(np.array(lengths), 200), abs=0.015)
 
 
 @pytest.mark.parametrize("length", [40, 64, 100, 250])
 def test_share_of_whole_histories_is_within_three_sigma(length):
-    transform, users = StochasticLength(alpha=1.8, max_len=100), 4000  # L = 63, always whole below
+    transform, users = StochasticLength(alpha=1.8), 4000  # L = 63, always whole below
     batch = make_batch([length] * users)
-    lengths = transform(batch, LAYOUT, random(length)).user.lists["events"].lengths
+    lengths = transform(batch, layout(100), random(length)).user.lists["events"].lengths
     chance = 1.0 if length <= 63 else min(1, 100**1.8 / length**2)
     whole = (lengths == length).double().mean().item()
     assert abs(whole - chance) <= 3 * (chance * (1 - chance) / users) ** 0.5
@@ -116,9 +123,9 @@ def test_share_of_whole_histories_is_within_three_sigma(length):
 @pytest.mark.parametrize("selector", ["weighted", "greedy", "random"])
 def test_events_stay_together_in_order_and_in_their_list(selector):
     batch = make_batch([30, 0, 3, 80, 80, 1, 17], new_events=[4, 0, 3, 80, 0, 1, 5])
-    transform = StochasticLength(alpha=1.5, max_len=80, selector=selector)  # L = 26
-    found, before = transform(batch, LAYOUT, random(1)), events(batch)
-    assert transform.length == 26
+    transform = StochasticLength(alpha=1.5, selector=selector)  # L = 26
+    found, before = transform(batch, layout(80), random(1)), events(batch)
+    assert transform.length(80) == 26
     for user, (kept, all_of_them) in enumerate(zip(events(found), before)):
         assert kept == sorted(set(kept)) and set(kept) <= set(all_of_them)
         assert len(kept) in {len(all_of_them), 26}
@@ -139,7 +146,7 @@ def test_events_stay_together_in_order_and_in_their_list(selector):
 
 def test_new_events_of_rows_that_share_a_user():
     batch = make_batch([50, 40], user_of_row=[1, 0, 1, 1], new_events=[40, 2, 7, 0])
-    found = StochasticLength(alpha=1.2, max_len=50, selector="random")(batch, LAYOUT, random(3))
+    found = StochasticLength(alpha=1.2, selector="random")(batch, layout(50), random(3))
     kept, before = events(found), events(batch)
     assert len(kept[1]) < 40 and found.new_events is not None
     for row, (user, new) in enumerate([(1, 40), (0, 2), (1, 7), (1, 0)]):
@@ -153,8 +160,8 @@ def test_weights_are_those_of_sampling_by_age():
     stamps = torch.tensor([1.0, 7.0, 10.0]).double().repeat(users)
     times = {"events": Jagged(stamps, batch.user.times["events"].offsets)}
     batch = replace(batch, user=replace(batch.user, times=times))
-    transform = StochasticLength(alpha=1.3, max_len=3)  # L = 2, whole with 3^1.3 / 9 = 0.46
-    kept = [tuple(number % 3 for number in user) for user in events(transform(batch, LAYOUT, random(5)))]
+    transform = StochasticLength(alpha=1.3)  # L = 2, whole with 3^1.3 / 9 = 0.46
+    kept = [tuple(number % 3 for number in user) for user in events(transform(batch, layout(3), random(5)))]
     cut = [pair for pair in kept if len(pair) == 2]
     chance = dict.fromkeys([(0, 1), (0, 2), (1, 2)], 0.0)
     for first, second in permutations(range(3), 2):
@@ -173,7 +180,7 @@ def test_equal_times_weigh_the_same():
         )
     }
     batch = replace(batch, user=replace(batch.user, times=times))
-    found = StochasticLength(alpha=1.1, max_len=4)(batch, LAYOUT, random(6))  # L = 2
+    found = StochasticLength(alpha=1.1)(batch, layout(4), random(6))  # L = 2
     cut = [number % 4 for user in events(found) if len(user) == 2 for number in user]
     shares = np.bincount(cut) / len(cut)
     assert shares == pytest.approx([0.25] * 4, abs=0.03)
@@ -182,8 +189,8 @@ def test_equal_times_weigh_the_same():
 def test_the_seed_decides_and_nothing_is_changed_in_place():
     batch = make_batch([60] * 30, new_events=[60] * 30)
     copy = make_batch([60] * 30, new_events=[60] * 30)
-    transform = StochasticLength(alpha=1.6, max_len=60)
-    first, same, other = (transform(batch, LAYOUT, random(seed)) for seed in (1, 1, 2))
+    transform = StochasticLength(alpha=1.6)
+    first, same, other = (transform(batch, layout(60), random(seed)) for seed in (1, 1, 2))
     assert events(first) == events(same) != events(other)
     torch.testing.assert_close(batch.user.lists["events"].values, copy.user.lists["events"].values)
     assert batch.new_events is not None and batch.new_events.tolist() == [60] * 30
@@ -198,8 +205,8 @@ def test_weights_need_times():
     batch = make_batch([60] * 5)
     batch = replace(batch, user=replace(batch.user, times={}))
     with pytest.raises(InputError, match="needs the events' times"):
-        StochasticLength(alpha=1.5, max_len=60)(batch, LAYOUT, random())
-    found = StochasticLength(alpha=1.5, max_len=60, selector="random")(batch, LAYOUT, random())
+        StochasticLength(alpha=1.5)(batch, layout(60), random())
+    found = StochasticLength(alpha=1.5, selector="random")(batch, layout(60), random())
     assert len(found.user.lists["events"].values) < 300
 
 
@@ -273,9 +280,9 @@ def test_empty_table_has_no_negatives():
 
 def test_main_sequence():
     assert LAYOUT.main_sequence().name == "events"  # the first that is not a slowly changing series
-    assert LAYOUT.main_sequence("moves").name == "moves"
-    with pytest.raises(InputError, match=r"'watched'.*moves, events"):
-        LAYOUT.main_sequence("watched")
+    slow = GroupLayout(name="past", side="user", features=SEQUENCES[:1])
+    with pytest.raises(InputError, match="no sequence of events"):
+        Layout(tables=LAYOUT.tables, groups=(slow,), tasks=()).main_sequence()
 
 
 @pytest.mark.parametrize("config", [{"alpha": 1.0}, {"alpha": 2.1}, {"selector": "oldest"}, {"max_len": 0}])

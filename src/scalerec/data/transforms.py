@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt
 from torch import Tensor
 
 from scalerec.batch import FIRST_ID, Batch, Jagged
@@ -20,39 +20,37 @@ from scalerec.features.layout import FeatureLayout, Layout
 
 
 class StochasticLength(Config):
-    """Most users' histories cut to max_len^(alpha / 2) events, the rest kept whole (HSTU section 3.2; spec C.9).
+    """Most users' histories cut to N^(alpha / 2) events, the rest kept whole (HSTU section 3.2; spec C.9).
 
-    A history of n > L = floor(max_len^(alpha/2)) events stays whole with the chance min(1, max_len^alpha / n^2).
+    N is the longest that the main sequence may be. A history of n > L = floor(N^(alpha/2)) events stays whole with the
+    chance min(1, N^alpha / n^2).
     """
 
-    alpha: float = Field(default=2.0, gt=1, le=2)  # 2: off, for histories of at most `max_len`
-    max_len: PositiveInt = 200
+    alpha: float = Field(default=2.0, gt=1, le=2)  # 2: off
     selector: Literal["weighted", "greedy", "random"] = "weighted"
-    sequence: str = ""  # default: the layout's first sequence of events
 
-    @property
-    def length(self) -> int:
-        """L, to which a history is cut."""
-        return int(self.max_len ** (self.alpha / 2) * (1 + 1e-12))  # 32 ** 0.8 is 15.999999999999998
+    def length(self, longest: int) -> int:
+        """L, to which a history is cut, where none is longer than `longest`."""
+        return int(longest ** (self.alpha / 2) * (1 + 1e-12))  # 32 ** 0.8 is 15.999999999999998
 
-    def keep_whole(self, lengths: np.ndarray) -> np.ndarray:
+    def keep_whole(self, lengths: np.ndarray, longest: int) -> np.ndarray:
         """The chance of histories of these lengths to stay whole."""
-        long = lengths > self.length
-        return np.where(long, np.minimum(1, self.max_len**self.alpha / np.maximum(lengths, 1.0) ** 2), 1.0)
+        long = lengths > self.length(longest)
+        return np.where(long, np.minimum(1, longest**self.alpha / np.maximum(lengths, 1.0) ** 2), 1.0)
 
-    def sparsity(self, lengths: np.ndarray) -> float:
+    def sparsity(self, lengths: np.ndarray, longest: int) -> float:
         """Share of the events of histories of these lengths that is left out, as expected."""
-        whole = self.keep_whole(lengths)
-        expected = whole * lengths + (1 - whole) * np.minimum(lengths, self.length)
+        whole = self.keep_whole(lengths, longest)
+        expected = whole * lengths + (1 - whole) * np.minimum(lengths, self.length(longest))
         return 1 - float(expected.sum() / lengths.sum())
 
     def __call__(self, batch: Batch, layout: Layout, rng: np.random.Generator) -> Batch:
         """The batch with its main sequence shorter: lists, times and actions alike, in order."""
         if self.alpha == 2:
             return batch
-        name = layout.main_sequence(self.sequence).name
-        past = batch.user.lists[name]
-        keep = self._kept(past, batch.user.times.get(name), rng)
+        series = layout.main_sequence()
+        name, past = series.name, batch.user.lists[series.name]
+        keep = self._kept(past, batch.user.times.get(name), series.max_len, rng)
         rows = batch.user
         user = replace(
             rows,
@@ -67,10 +65,10 @@ class StochasticLength(Config):
         first_new = torch.maximum(last - batch.new_events, past.offsets[:-1][batch.user_of_row])
         return replace(batch, user=user, new_events=before[last] - before[first_new])
 
-    def _kept(self, past: Jagged, times: Jagged | None, rng: np.random.Generator) -> Tensor:
+    def _kept(self, past: Jagged, times: Jagged | None, longest: int, rng: np.random.Generator) -> Tensor:
         """[E] bool, which events stay."""
         lengths = past.lengths.numpy()
-        cut = rng.random(len(lengths)) >= self.keep_whole(lengths)
+        cut = rng.random(len(lengths)) >= self.keep_whole(lengths, longest)
         owner = np.repeat(np.arange(len(lengths)), lengths)
         keys = rng.standard_exponential(len(owner))  # drawn for all events: what is drawn depends on no outcome
         if self.selector == "greedy":
@@ -81,7 +79,9 @@ class StochasticLength(Config):
         order = np.lexsort((keys, owner))
         place = np.arange(len(owner)) - np.repeat(past.offsets[:-1].numpy(), lengths)  # of the sorted, in its list
         kept = np.empty(len(owner), bool)
-        kept[order] = ~cut[owner] | (place < self.length)  # sorting by owner first leaves every list where it was
+        kept[order] = ~cut[owner] | (
+            place < self.length(longest)
+        )  # sorting by owner first leaves every list where it was
         return torch.from_numpy(kept)
 
 
@@ -106,25 +106,25 @@ class Negatives(Config):
 
     per_position   R for each past event, [E, R]: the events of each row's user, row by row
     shared         R for the whole batch, [R], of the whole table
-    in_batch       R for the whole batch, [R], of the items that occur in its histories and rows, each counted once
+    in_batch       R for the whole batch, [R], of the items that occur in its histories and rows
     """
 
     count: NonNegativeInt = 128  # R; 0: off
     how: Literal["per_position", "shared", "in_batch"] = "per_position"
-    sequence: str = ""  # default: the layout's first sequence of events
+    distinct: bool = True  # in_batch: every item once; else as often as it is in the batch, which log_q corrects
 
     def __call__(self, batch: Batch, layout: Layout, rng: np.random.Generator) -> Batch:
         """The batch with `negatives`, ids of the item table."""
         if not self.count:
             return batch
-        series = layout.main_sequence(self.sequence)
+        series = layout.main_sequence()
         rows = layout.table[series.tables[0]].rows
         if rows <= FIRST_ID:
             raise InputError(f"no negatives can be drawn: table {series.tables[0]!r} has no item yet")
         past = batch.user.lists[series.name]
         if self.how == "in_batch":
-            pool = np.union1d(past.values[:, 0].numpy(), _candidates(batch, layout, series))
-            pool = pool[pool >= FIRST_ID]
+            pool = np.concatenate([past.values[:, 0].numpy(), _candidates(batch, layout, series)])
+            pool = np.unique(pool[pool >= FIRST_ID]) if self.distinct else pool[pool >= FIRST_ID]
             if len(pool):
                 drawn = pool[rng.integers(len(pool), size=self.count)]
                 return replace(batch, negatives=torch.from_numpy(drawn))

@@ -74,7 +74,8 @@ class Encoder:
         `index` numbers the rows (default: from 0); an error names `where` and the row's number less `first`.
 
         Raises:
-            InputError: a column is missing or of the wrong type, a label is not 0 or 1, lists differ in length.
+            InputError: a column is missing or of the wrong type, a label (also of a past event) is not 0 or 1, lists
+                differ in length, a past is not in the order of its times or goes beyond its row's.
         """
         columns = self.schema.input_columns() + (self.schema.label_columns() if labels else [])
         missing = [column for column in columns if column not in rows.schema.names]
@@ -98,18 +99,14 @@ class Encoder:
         n = rows.num_rows
         ids, values = [], []
         multi: dict[str, Jagged] = {}
-        times: dict[str, Jagged] = {}
         actions: dict[str, Jagged] = {}
         for feature in (f for group in self.schema.groups if group.side == side for f in group.features):
             if isinstance(feature, Sequence):
                 columns, lengths = _past(feature, rows, number)
                 multi[feature.name] = Jagged.from_lengths(self._past_ids(feature, columns), lengths)
-                if feature.time_column:
-                    times[feature.name] = Jagged.from_lengths(
-                        self._seconds(columns[feature.time_column], feature.time_column), lengths
-                    )
                 if feature.actions:
-                    labels = [numbers(columns[name], name)[0] for name in feature.action_columns]
+                    of_event = np.repeat(number, lengths)
+                    labels = [_labels(columns[name], name, of_event) for name in feature.action_columns]
                     stacked = np.stack(labels, 1).astype(np.float32)
                     actions[feature.name] = Jagged.from_lengths(torch.from_numpy(stacked), lengths)
             elif isinstance(feature, MultiCategorical):
@@ -131,6 +128,7 @@ class Encoder:
                     values.append(standardise(raw, fit, feature.log))
             else:
                 ids.append(self._ids(feature, rows.column(feature.column or feature.name)))
+        times, now = self._times(rows, number) if side == "user" else ({}, None)
         return Rows(
             side,
             torch.from_numpy(np.stack(ids, 1) if ids else np.zeros((n, 0), np.int64)),
@@ -138,8 +136,29 @@ class Encoder:
             multi,
             times,
             actions,
-            self._seconds(rows.column(self.schema.time), self.schema.time) if times and self.schema.time else None,
+            now,
         )
+
+    def _times(self, rows: pa.RecordBatch, number: np.ndarray) -> tuple[dict[str, Jagged], torch.Tensor | None]:
+        """In seconds, of the events of each sequence that keeps them, and where one does also of the rows [n].
+
+        Raises:
+            InputError: a list is not in the order of its times, or holds one later than the row's own.
+        """
+        times: dict[str, Jagged] = {}
+        now = None
+        for sequence in self.schema.sequences:
+            column = sequence.time_column
+            if column is None:
+                continue
+            if self.schema.time and now is None:
+                now = self._seconds(rows.column(self.schema.time), self.schema.time)
+            flat, lengths = lists(rows.column(column), column)
+            found = self._seconds(flat, column)
+            _check_order(column, found.numpy(), lengths, None if now is None else now.numpy(), number)
+            keep, kept = last(lengths, sequence.max_len)
+            times[sequence.name] = Jagged.from_lengths(found[torch.from_numpy(keep)], torch.from_numpy(kept))
+        return times, now
 
     def _seconds(self, column: pa.Array, name: str) -> torch.Tensor:
         """A time column in seconds [n] float64."""
@@ -191,12 +210,7 @@ class Encoder:
             return torch.zeros(rows.num_rows, 0), torch.zeros(rows.num_rows, 0)
         targets, weights = [], []
         for task in self.schema.tasks:
-            label, _ = numbers(rows.column(task.column), task.column)
-            wrong = np.flatnonzero(~np.isin(label, (0, 1)) & ~np.isnan(label))
-            if wrong.size:
-                raise InputError(
-                    f"row {number[wrong[0]]}: label {task.column!r} is {label[wrong[0]]:g}, must be 0 or 1"
-                )
+            label = _labels(rows.column(task.column), task.column, number)
             weight = np.ones(len(label)) if task.weight is None else numbers(rows.column(task.weight), task.weight)[0]
             if task.mask is not None:
                 weight = weight * (np.nan_to_num(numbers(rows.column(task.mask), task.mask)[0]) != 0)
@@ -306,6 +320,32 @@ def _collect(
                         flat, _ = lists(batch.column(feature.column(field)), feature.column(field))
                         counts[field.of].add(flat, feature.column(field))
     return counts, statistics
+
+
+def _labels(column: pa.Array, name: str, number: np.ndarray) -> np.ndarray:
+    """Labels [n], NaN where missing; InputError where one is not 0 or 1, with the number [n] of its row."""
+    label, _ = numbers(column, name)
+    wrong = np.flatnonzero(~np.isin(label, (0, 1)) & ~np.isnan(label))
+    if wrong.size:
+        raise InputError(f"row {number[wrong[0]]}: label {name!r} is {label[wrong[0]]:g}, must be 0 or 1")
+    return label
+
+
+def _check_order(name: str, times: np.ndarray, lengths: np.ndarray, now: np.ndarray | None, number: np.ndarray) -> None:
+    """InputError unless the flat times of each list never decrease and none is later than its row's time `now` [n]."""
+    ends = np.cumsum(lengths)
+    back = np.append(False, times[1:] < times[:-1])[: len(times)]
+    back[(ends - lengths)[lengths > 0]] = False
+    late = np.zeros(len(times), bool) if now is None else times > np.repeat(now, lengths)
+    for wrong, what, do in (
+        (back, "goes back in time", "sort each history by time, the oldest event first"),
+        (late, "is later than the row's own time", "a history holds only what was before its row: cut it there"),
+    ):
+        if wrong.any():
+            at = int(wrong.argmax())
+            row = int(np.searchsorted(ends, at, side="right"))
+            event = f"event {at - int(ends[row] - lengths[row]) + 1} of {lengths[row]}"
+            raise InputError(f"row {number[row]}: {name!r} {what} at its {event}: {do}")
 
 
 def _past(feature: Sequence, rows: pa.RecordBatch, number: np.ndarray) -> tuple[dict[str, pa.Array], torch.Tensor]:

@@ -5,7 +5,7 @@ A state holds, for every sequence of the schema, the user's last `max_len` event
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,27 +14,32 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from scalerec.errors import InputError
+from scalerec.features.numeric import numbers
 from scalerec.schema import Categorical, Schema, Sequence
 
-Event = tuple[Any, ...]  # one value for each field of the sequence, then the time where the sequence keeps it
+Event = tuple[Any, ...]  # one value for each field of the sequence, then the time and the actions that it keeps
 State = Mapping[str, tuple[Event, ...]]  # by the name of the sequence; never changed in place
 
 
 def append(state: State, event: Mapping[str, Any], schema: Schema) -> State:
     """The state after one event (a row of the log); an event that no sequence keeps leaves it as it was.
 
+    Events come in the order of their times: the encoder refuses a history that goes back.
     A sequence keeps an event when its `where` column is true and its first id is not null (and, where it keeps runs
-    only, not the last one's); other ids may be null.
+    only, not the last one's); other ids may be null. An action is null where no task counts the event.
     """
     after = dict(state)
     for sequence in schema.sequences:
         if sequence.where and not event.get(sequence.where):
             continue
         columns = _event_columns(sequence, schema)
-        absent = next((column for column in columns if column not in event), None)
+        counting = [column for label in sequence.actions for column in (label, *schema.counting_columns(label))]
+        absent = next((column for column in (*columns, *counting) if column not in event), None)
         if absent is not None:
-            raise InputError(f"event: no {absent!r}, which sequence {sequence.name!r} keeps: add it (null if unknown)")
-        entry = tuple(event[column] for column in columns)
+            raise InputError(f"event: no {absent!r}, which sequence {sequence.name!r} needs: add it (null if unknown)")
+        counted = [_counted(label, schema, lambda name: pa.array([event[name]])) for label in sequence.actions]
+        actions = [event[label] if known else None for label, known in zip(sequence.actions, counted)]
+        entry = (*(event[column] for column in columns), *actions)
         past = after.get(sequence.name, ())
         if entry[0] is not None and not (sequence.runs and past and past[-1][0] == entry[0]):
             after[sequence.name] = (*past, entry)[-sequence.max_len :]
@@ -118,6 +123,7 @@ class _Past:
     @staticmethod
     def of(rows: pa.Table, schema: Schema, sequence: Sequence, order: Order, initial: Mapping[Any, State]) -> _Past:
         logged = [_column(rows, column) for column in _event_columns(sequence, schema)]
+        logged += [_action(rows, label, schema) for label in sequence.actions]
         before = [initial.get(user, {}).get(sequence.name, ())[-sequence.max_len :] for user in order.users.to_pylist()]
         entries = [entry for events in before for entry in events]
         values = [
@@ -159,7 +165,7 @@ class _Past:
 
 
 def _event_columns(sequence: Sequence, schema: Schema) -> list[str]:
-    """The columns of the log that make up an entry: the fields' ids, then the time and the actions it keeps."""
+    """The columns of the log that an entry begins with: the fields' ids, then the time; its actions follow."""
     columns = []
     for field in sequence.fields:
         feature = schema.feature(field.of)
@@ -169,7 +175,20 @@ def _event_columns(sequence: Sequence, schema: Schema) -> list[str]:
         if schema.time is None:
             raise InputError(f"schema: sequence {sequence.name!r} keeps times: name the `time` column")
         columns.append(schema.time)
-    return [*columns, *sequence.actions]
+    return columns
+
+
+def _counted(label: str, schema: Schema, column: Callable[[str], pa.Array]) -> np.ndarray | np.bool_:
+    """Whether a task counts the label [n]: its mask and its weight, where it has them, are neither 0 nor missing."""
+    counts = [np.nan_to_num(numbers(column(name), name)[0]) != 0 for name in schema.counting_columns(label)]
+    return np.all(counts, axis=0)
+
+
+def _action(rows: pa.Table, label: str, schema: Schema) -> pa.Array:
+    """A label column, null where no task counts it."""
+    labels = _column(rows, label)
+    counted = np.broadcast_to(_counted(label, schema, lambda name: _column(rows, name)), len(labels))
+    return labels if counted.all() else labels.take(pa.array(np.arange(len(labels)), mask=~counted))
 
 
 def _column(rows: pa.Table, name: str) -> pa.Array:

@@ -74,13 +74,11 @@ class Layout(Frozen):
     def table(self) -> dict[str, Table]:
         return {table.name: table for table in self.tables}
 
-    def main_sequence(self, name: str = "") -> FeatureLayout:
-        """The user's sequence of that name, or the first one that is not a slowly changing series."""
-        sequences = self.sides["user"].sequences
-        found = next((s for s in sequences if s.name == name or not (name or s.runs)), None)
+    def main_sequence(self) -> FeatureLayout:
+        """The user's first sequence that is not a slowly changing series."""
+        found = next((s for s in self.sides["user"].sequences if not s.runs), None)
         if found is None:
-            there = ", ".join(s.name for s in sequences) or "none"
-            raise InputError(f"no sequence {name or '(default)'!r}: the schema has {there}")
+            raise InputError("the schema has no sequence of events, from which this model learns: add one, first")
         return found
 
     @property

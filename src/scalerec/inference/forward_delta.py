@@ -23,7 +23,8 @@ from torch.nn import functional as F
 from scalerec.batch import Jagged, Rows
 from scalerec.errors import InputError
 from scalerec.layers.embedding import Embedded
-from scalerec.models.hstu import HSTU, TIME_BUCKETS, HSTULayer, State, Tokens
+from scalerec.layers.hstu import TIME_BUCKETS, HSTULayer
+from scalerec.models.hstu import HSTU, State, Tokens
 from scalerec.ops.appended_attention import appended_attention
 from scalerec.ops.hstu_attention import bucket
 
@@ -102,7 +103,7 @@ def forward_delta(model: HSTU, kept: Kept | None, user: Rows) -> Delta:
     tokens = asked.tokens
     at_end = hidden[-1:] if len(hidden) else hidden.new_zeros(1, hidden.shape[1])
     state = State(
-        hidden[tokens.after], at_end, tokens.foresees, keys, values, tokens.offsets, tokens.times, asked.now, hidden,
+        hidden[tokens.after], at_end, keys, values, tokens.offsets, tokens.times, asked.now, hidden,
         tokens.event,
     )  # fmt: skip
     keep = Kept(keys, values, hidden, asked.told_by, _own(tokens.times), asked.upcoming, asked.features)

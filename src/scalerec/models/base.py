@@ -23,6 +23,16 @@ from scalerec.losses import Term, binary_cross_entropy
 class ModelConfig(Component):
     """What a person chooses of a model; sizes that follow from the data are worked out in `build`."""
 
+    @property
+    def ranks(self) -> bool:
+        """Whether the model's logits are of the tasks."""
+        return True
+
+    @property
+    def retrieves(self) -> bool:
+        """Whether the model also knows `queries` and a `catalogue`."""
+        return False
+
     @abstractmethod
     def build(self, layout: Layout) -> Model:
         """The model for this layout; InputError when the two do not fit."""
@@ -36,8 +46,8 @@ class Model(nn.Module):
     """
 
     embeddings: EmbeddingCollection
-    ranks: bool = True  # its logits are of the tasks
-    retrieves: bool = False  # it also knows `queries` and a `catalogue`
+    ranks: bool = True  # as its configuration says
+    retrieves: bool = False
     exports: bool = True  # its dense part is one graph whatever the data
 
     def __init__(self, layout: Layout):

@@ -12,13 +12,13 @@ from typing import Literal, NamedTuple
 import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from scalerec.batch import Batch, Outputs
 from scalerec.features.layout import FeatureLayout, Layout
 from scalerec.layers.embedding import Embedded
 from scalerec.layers.heads import HeadKind, Heads
+from scalerec.layers.hstu import TIME_BUCKETS, HSTULayer
 from scalerec.losses import Term, binary_cross_entropy
 from scalerec.models.base import count
 from scalerec.models.sequential import Encoded, Events, SequentialConfig, SequentialModel, columns_of, start_items
@@ -27,7 +27,6 @@ from scalerec.ops.hstu_attention import AttentionPlan, attention_plan, bucket, h
 from scalerec.ops.streams import Stream, merge
 
 Goal = Literal["retrieval", "ranking", "joint"]
-TIME_BUCKETS = 129
 POSITIONS, AGES = 8192, 2048  # rows of the production variant's tables
 
 
@@ -54,6 +53,14 @@ class HSTUConfig(SequentialConfig):
     recompute: Literal["none", "linear", "layer"] = "none"  # in the backward pass: all but attention, or whole layers
     micro_batch: PositiveInt = 1024  # candidates scored together over one cached history
 
+    @property
+    def ranks(self) -> bool:
+        return self.goal != "retrieval"
+
+    @property
+    def retrieves(self) -> bool:
+        return self.goal != "ranking"
+
     def build(self, layout: Layout) -> HSTU:
         return HSTU(self, layout)
 
@@ -73,8 +80,7 @@ class Tokens:
     user: Tensor  # [T]
     times: Tensor  # [T] float64 seconds; 0 where none are kept
     event: Tensor  # [E] the token of each event of the main series
-    after: Tensor  # [E] the token at which what follows the event is foreseen: itself, or its action
-    foresees: Tensor  # [E] bool, whether that follower is content
+    after: Tensor  # [E] the token at which the next content is foreseen: the last one before it
     origin: Tensor  # [T] each token's number before the merge: events, their actions, each slow series, the prefix
 
 
@@ -95,54 +101,9 @@ class Across(NamedTuple):
     """What the layers share of one batch of histories."""
 
     offsets: Tensor
-    plan: AttentionPlan
+    plan: AttentionPlan | None
     upcoming: Tensor  # [T] the time of the token after each one
     times: Tensor
-
-
-class HSTULayer(nn.Module):
-    """One layer (eq. 1-3): U, V, Q, K from one product, point-wise attention, gate, output product, residual."""
-
-    def __init__(self, config: HSTUConfig, longest: int):
-        super().__init__()
-        self.config = config
-        d, h, qk, v = config.dim, config.num_heads, config.qk_dim, config.v_dim
-        self.sizes = [h * v, h * v, h * qk, h * qk]
-        production = config.variant == "production"
-        self.weight = nn.Parameter(torch.empty(d, sum(self.sizes)))
-        self.bias = nn.Parameter(torch.zeros(sum(self.sizes))) if production else None
-        self.norm = nn.LayerNorm(d, eps=1e-6, elementwise_affine=production)
-        self.out_norm = nn.LayerNorm(h * v, eps=1e-6, elementwise_affine=production)
-        self.out = nn.Linear(h * v * (3 if production else 1), d)
-        self.dropout = nn.Dropout(config.dropout)
-        if production:
-            nn.init.xavier_uniform_(self.weight)
-        else:
-            nn.init.normal_(self.weight, std=0.02)
-        nn.init.xavier_uniform_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
-        bias = not production
-        self.position = nn.Parameter(0.02 * torch.randn(2 * longest - 1)) if bias and config.position_bias else None
-        self.time = nn.Parameter(0.02 * torch.randn(TIME_BUCKETS)) if bias and config.time_bias else None
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x [n, D] -> u [n, H V], v [n, H, V], q [n, H, K], k [n, H, K]."""
-        p = self.norm(x) @ self.weight
-        if self.bias is None:
-            u, v, q, k = F.silu(p).split(self.sizes, -1)
-        else:
-            u, v, q, k = (p + self.bias).split(self.sizes, -1)
-            u = F.silu(u)
-        h = self.config.num_heads
-        return u, v.unflatten(-1, (h, -1)), q.unflatten(-1, (h, -1)), k.unflatten(-1, (h, -1))
-
-    def finish(self, x: Tensor, u: Tensor, attended: Tensor) -> Tensor:
-        """x [n, D], u [n, H V], attended [n, H, V] -> x + f2(norm(attended) * u) [n, D]."""
-        o = attended.flatten(1)
-        gated = u * self.out_norm(o)
-        if self.bias is not None:
-            gated = torch.cat([u, o.to(u.dtype), gated], -1)
-        return x + self.out(self.dropout(gated))
 
 
 class HSTU(SequentialModel):
@@ -151,7 +112,6 @@ class HSTU(SequentialModel):
     config: HSTUConfig
 
     def __init__(self, config: HSTUConfig, layout: Layout):
-        self.ranks, self.retrieves = config.goal != "retrieval", config.goal != "ranking"
         super().__init__(config, layout)
         user = layout.sides["user"]
         d, production = config.dim, config.variant == "production"
@@ -175,7 +135,12 @@ class HSTU(SequentialModel):
         nn.init.trunc_normal_(self.place, std=d**-0.5, a=-2 * d**-0.5, b=2 * d**-0.5)
         self.age = nn.Parameter(d**-0.5 * torch.randn(AGES, d)) if production and self.series.time else None
         self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(HSTULayer(config, self.longest) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            HSTULayer(
+                d, config.num_heads, config.qk_dim, config.v_dim, longest=self.longest, dropout=config.dropout,
+                production=production, position_bias=config.position_bias, time_bias=config.time_bias,
+            ) for _ in range(config.num_layers)
+        )  # fmt: skip
         self.heads = Heads(d, len(layout.tasks), config.head, config.head_hidden) if self.ranks else None
         self.timed = self.series.time and config.time_bias and not production
         softmax = config.attention == "softmax"
@@ -193,11 +158,12 @@ class HSTU(SequentialModel):
         ends = tokens.offsets[1:][has] - 1
         upcoming = tokens.times.roll(-1)  # each token asks at the time of the next one, the last one now
         upcoming[ends] = now[has]
-        timed = self.timed
-        plan = attention_plan(
-            tokens.offsets, query_times=upcoming if timed else None, key_times=tokens.times if timed else None,
-            buckets=TIME_BUCKETS, time_log_base=self.config.time_log_base,
-        )  # fmt: skip
+        asked = {"query_times": upcoming, "key_times": tokens.times} if self.timed else {}
+        plan = None  # of the fast path alone
+        if tokens.times.device.type == "cpu" and self.config.attention == "silu":
+            plan = attention_plan(
+                tokens.offsets, **asked, buckets=TIME_BUCKETS, time_log_base=self.config.time_log_base
+            )
         across = Across(tokens.offsets, plan, upcoming, tokens.times)
         keys, values = [], []
         for layer in self.layers:
@@ -209,9 +175,7 @@ class HSTU(SequentialModel):
             keys.append(k)
             values.append(v)
         at_end = x.new_zeros(len(now), x.shape[1]).index_copy(0, has, x[ends])
-        return State(
-            x[tokens.after], at_end, tokens.foresees, keys, values, tokens.offsets, tokens.times, now, x, tokens.event
-        )
+        return State(x[tokens.after], at_end, keys, values, tokens.offsets, tokens.times, now, x, tokens.event)
 
     def through(self, layer: HSTULayer, x: Tensor, across: Across) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, D] through one layer, with its keys and values."""
@@ -253,7 +217,7 @@ class HSTU(SequentialModel):
         At equal times a slow series comes after the content: its change is known only once that event is in the past,
         so a training position sees what the same request would see.
         """
-        events = Events.of(user.sequences[self.series.name])
+        events = Events.of(self.past(user))
         vectors = self.content(events.vectors)
         times = events.times if events.times is not None else vectors.new_zeros(len(vectors), dtype=torch.float64)
         acted = self._acted(events)
@@ -261,7 +225,7 @@ class HSTU(SequentialModel):
             vectors, acted = vectors + acted, None
         if not self.auxiliary and not self.context and acted is None:
             index = torch.arange(len(vectors), device=vectors.device)
-            return Tokens(vectors, events.offsets, events.user, times, index, index, index >= 0, index)
+            return Tokens(vectors, events.offsets, events.user, times, index, index, index)
         return self._merged(user, events, vectors, times, acted)
 
     def _merged(self, user: Embedded, events: Events, vectors: Tensor, times: Tensor, acted: Tensor | None) -> Tokens:
@@ -288,12 +252,15 @@ class HSTU(SequentialModel):
         first = torch.where(tokens.offsets.diff() > prefix, first, now)
         times = torch.where(tokens.times.isinf(), first[tokens.user], tokens.times)
         event = tokens.at[: len(vectors)]
-        after = event if acted is None else tokens.at[len(vectors) : 2 * len(vectors)]
-        content = torch.zeros(len(times) + 1, dtype=torch.bool, device=device)
-        content[event] = True
-        content[tokens.offsets[1:]] = True  # what follows the last token is the row
-        foresees = content[after + 1]
-        return Tokens(tokens.vectors, tokens.offsets, tokens.user, times, event, after, foresees, tokens.order)
+        after = event.roll(-1) - 1
+        has = events.offsets.diff() > 0
+        after[events.offsets[1:][has] - 1] = tokens.offsets[1:][has] - 1
+        return Tokens(tokens.vectors, tokens.offsets, tokens.user, times, event, after, tokens.order)
+
+    def new_events(self, batch: Batch) -> Tensor:
+        """None in the production variant: places and ages there are relative to the one request."""
+        found = super().new_events(batch)
+        return torch.zeros_like(found) if self.config.variant == "production" else found
 
     def _acted(self, events: Events) -> Tensor | None:
         """[E, D] the sum over labels of the vector of their value; None where actions are not used."""

@@ -46,7 +46,7 @@ class SASRecBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         for layer in (self.query, self.key_value, self.out, self.up, self.down):
             nn.init.zeros_(layer.bias)
-            for weight in layer.weight.chunk(layer.out_features // d or 1):  # keys and values each have their own fans
+            for weight in layer.weight.chunk(2 if layer is self.key_value else 1):  # keys and values have fans each
                 nn.init.xavier_normal_(weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class SASRec(SequentialModel):
 
     def encode_user(self, user: Embedded) -> Encoded:
         """Histories of U users, the item alone of each event."""
-        sequence = user.sequences[self.series.name]
+        sequence = self.past(user)
         vectors = sequence.values[..., : self.config.dim] * self.config.dim**0.5
         lengths = sequence.mask.sum(1)
         outputs = torch.zeros_like(vectors)
@@ -89,8 +89,7 @@ class SASRec(SequentialModel):
                 x = block(x) * mask
             outputs[users, :longest] = x
         at_end = outputs[torch.arange(len(lengths), device=lengths.device), (lengths - 1).clamp(min=0)]
-        foresees = torch.ones(int(lengths.sum()), dtype=torch.bool, device=lengths.device)
-        return Encoded(outputs[sequence.mask], at_end, foresees)
+        return Encoded(outputs[sequence.mask], at_end)
 
     def flops(self, batch: Batch) -> int:
         """Per padded event and block 4 D^2 + 2 D F and, of the attention, 2 D for each pair of the whole square."""

@@ -26,11 +26,18 @@ class SequentialConfig(ModelConfig):
     """The part that all models on sequences have."""
 
     dim: PositiveInt = 50
-    events: str = ""  # the main series; default: the layout's first sequence
     dropout: float = Field(default=0.2, ge=0, lt=1)
     temperature: PositiveFloat = 0.05  # of the cosine between user and item
     positive: str = ""  # a task: only events with this label are to be retrieved; default: every event
-    log_q: bool = False  # correct in-batch negatives for how often they occur (Yi et al., 2019)
+    log_q: bool = False  # correct in-batch negatives for how often an item is in the batch (Yi et al., 2019)
+
+    @property
+    def ranks(self) -> bool:
+        return False
+
+    @property
+    def retrieves(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,6 @@ class Encoded:
 
     at_event: Tensor  # [E, D] where the event after each one is predicted
     at_end: Tensor  # [U, D] after everything; zero for a user without history
-    foresees: Tensor  # [E] bool, whether what follows the event is content
 
 
 @dataclass(frozen=True)
@@ -86,14 +92,13 @@ class SequentialModel(Model):
     The item's vector is the row of its table, so that the whole catalogue is at hand without features.
     """
 
-    ranks: bool = False  # whether it has logits of its own for the tasks
-    retrieves: bool = True
     exports: bool = False  # how many tokens there are depends on the data
 
     def __init__(self, config: SequentialConfig, layout: Layout):
+        self.ranks, self.retrieves = config.ranks, config.retrieves
         super().__init__(layout)
         self.config = config
-        self.series = layout.main_sequence(config.events)
+        self.series = layout.main_sequence()
         self.item_table = layout.table[self.series.tables[0]]
         items = layout.sides["item"]
         names = [feature.name for feature in items.ids]
@@ -109,11 +114,23 @@ class SequentialModel(Model):
                 f"--model.dim {config.dim}: to retrieve, it must be the width of {self.item_table.name!r}, which is "
                 f"{self.item_table.dim}: set --dim {config.dim}"
             )
+        if self.retrieves and "next" in layout.tasks:
+            raise InputError("a task is named 'next', as retrieval is: give it another name")
         if config.positive and config.positive not in layout.tasks:
             raise InputError(f"--model.positive {config.positive}: no such task; there are {', '.join(layout.tasks)}")
 
     @abstractmethod
     def encode_user(self, user: Embedded) -> Encoded: ...
+
+    def past(self, user: Embedded) -> EmbeddedSequence:
+        """The main series of U users; InputError when one is longer than the model has places for."""
+        found = user.sequences[self.series.name]
+        if found.mask.shape[1] > self.series.max_len:
+            raise InputError(
+                f"a history of {found.mask.shape[1]} events where {self.series.name!r} has at most "
+                f"{self.series.max_len}: keep the latest, as the encoder does"
+            )
+        return found
 
     def score(self, state: Encoded, items: Embedded, user_of_row: Tensor) -> Outputs:
         """The cosine with the user's vector over the temperature, for every task."""
@@ -165,7 +182,10 @@ class SequentialModel(Model):
             return Foreseen(at, self.catalogue_ids(ids.device), ids[at] - FIRST_ID, None, None)
         negatives = batch.negatives[at] if batch.negatives.ndim == 2 else batch.negatives
         pool, target, negatives = distinct(self.item_table.rows, ids[at], negatives)
-        log_q = log_frequency(ids[at], self.item_table.rows)[pool] if self.config.log_q else None
+        log_q = None
+        if self.config.log_q:  # of what the batch's negatives are drawn from
+            there = torch.cat([past.values[:, 0], batch.items.ids[:, self.item_column]])
+            log_q = log_frequency(there[there >= FIRST_ID], self.item_table.rows)[pool]
         return Foreseen(at, pool, target, negatives, log_q)
 
     def new_events(self, batch: Batch) -> Tensor:
@@ -181,7 +201,7 @@ class SequentialModel(Model):
         """Softmax over items at every event after which one is to be foreseen (spec C.6)."""
         queries = F.normalize(state.at_event[goal.at].float(), dim=-1, eps=1e-6)
         pool = F.normalize(pool.float(), dim=-1, eps=1e-6)
-        weights, temperature = state.foresees[goal.at].float(), self.config.temperature
+        weights, temperature = torch.ones(len(queries), device=queries.device), self.config.temperature
         if goal.negatives is None:
             return full_softmax(queries, pool, goal.target, weights, temperature)
         return sampled_softmax(queries, pool, goal.target, goal.negatives, weights, temperature, goal.log_q)

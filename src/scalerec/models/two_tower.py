@@ -37,16 +37,15 @@ class TwoTower(SequentialModel):
         start_items(self.embeddings, self.item_table.name)
 
     def encode_user(self, user: Embedded) -> Encoded:
-        """The user after each event; a user without history is known by features alone."""
-        sequence = user.sequences[self.series.name]
+        """The user after each event; of a user without history, features alone (no training target asks for that)."""
+        sequence = self.past(user)
         lengths = sequence.mask.sum(1)
         place = torch.arange(1, sequence.mask.shape[1] + 1, device=lengths.device)
         means = sequence.values.cumsum(1) / place[:, None]  # [U, L, w]
         who = torch.arange(len(lengths), device=lengths.device)
         ends = torch.where(lengths[:, None] > 0, means[who, (lengths - 1).clamp(min=0)], 0.0)
         at_event = self.tower(means[sequence.mask], user.flat.repeat_interleave(lengths, 0))
-        foresees = torch.ones(len(at_event), dtype=torch.bool, device=lengths.device)
-        return Encoded(at_event, self.tower(ends, user.flat), foresees)
+        return Encoded(at_event, self.tower(ends, user.flat))
 
     def tower(self, means: Tensor, features: Tensor) -> Tensor:
         """[n, w] and [n, W_user] -> [n, D]."""

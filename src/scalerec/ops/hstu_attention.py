@@ -173,7 +173,7 @@ def _dense(
     scores = alpha * torch.einsum("snhd,smhd->shnm", q, k)
     if bias is not None:
         scores = scores + bias[:, None].to(scores.dtype)
-    if normalise == "softmax" or q.device.type != "cpu":
+    if normalise == "softmax":
         weights = scores.masked_fill(~visible[:, None], float("-inf")).softmax(-1)
     else:
         weights = F.silu(scores) * scale * visible[:, None]

@@ -37,7 +37,8 @@ def compare(
     Writes `report.md`, `report.json` and `report.png` into `out` and returns what the JSON holds.
 
     Raises:
-        InputError: the runs are not evaluated on the same rows, or a folder holds another run.
+        InputError: the runs are not evaluated on the same rows, a folder holds another run, or a reference is asked
+            for on a log without tasks.
     """
     first = runs[0]
     for run in runs[1:]:
@@ -47,6 +48,10 @@ def compare(
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise InputError(f"{twice} is named twice: compare different recipes")
+    if with_reference and not first.data.schema().tasks:
+        raise InputError(
+            f"--reference: LightGBM ranks by tasks, and {first.name} reads a log without any: leave it out"
+        )
     console = Console(stderr=True)
     for run in runs:  # once, before any worker
         run.data.prepare(lambda message: console.print(message, highlight=False, markup=False))
@@ -162,7 +167,7 @@ def _row(
 def _difference(
     base: list[Predictions], mine: list[Predictions], task: str, j: int, metric: Any, replicates: int
 ) -> metrics.Difference | None:
-    """What `mine` is better than `base`, over users and seeds; None where the base is not made for the task."""
+    """What `mine` is better than `base`, over users and seeds; None where that cannot be said."""
     if task == NEXT:
         if not base[0].places.shape[1]:
             return None
@@ -172,7 +177,10 @@ def _difference(
     if not base[0].probabilities.shape[1]:
         return None
     users, labels, scores = _scores(mine, j)
-    return metrics.paired_bootstrap(users, labels, _scores(base, j)[2], scores, metric, replicates)
+    try:
+        return metrics.paired_bootstrap(users, labels, _scores(base, j)[2], scores, metric, replicates)
+    except InputError:  # too few users, or none with both classes: the metric stands without an interval
+        return None
 
 
 def _aligned(predictions: Predictions, base: Predictions, name: str, base_name: str) -> Predictions:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import torch
+from torch import Tensor
 
-from scalerec.batch import Batch, Jagged
+from scalerec.batch import Batch, Jagged, Rows
 from scalerec.data.reader import ParquetRows
 from scalerec.features.encoder import Encoder
 from scalerec.models.base import Model
@@ -27,8 +30,20 @@ def describe(run: Run) -> dict[str, Any]:
         model = run.model.build(encoder.layout)
     found = {**figures(model, batch), "name": run.name, "tokens": tokens(model), "groups": groups(model)}
     if isinstance(model, SequentialModel):
-        found["sequences"] = session_cost(model, batch)
+        found["sequences"] = session_cost(model, spread(rows, encoder))
     return found
+
+
+def spread(rows: ParquetRows, encoder: Encoder) -> Batch:
+    """Up to 512 training examples from all over the log: where it begins, lives are short."""
+    step, seen, some = max(rows.num_rows // (8 * ROWS), 1), 0, []
+    for piece in rows.batches("train"):
+        chosen = np.arange(-seen % step, piece.num_rows, step)
+        seen += piece.num_rows
+        if len(chosen):
+            some.append(encoder.encode(piece.take(pa.array(chosen))))
+    batch = Batch.cat(some)
+    return batch.take(torch.linspace(0, len(batch) - 1, min(len(batch), ROWS)).long())
 
 
 def session_cost(model: SequentialModel, batch: Batch) -> dict[str, float]:
@@ -40,17 +55,44 @@ def session_cost(model: SequentialModel, batch: Batch) -> dict[str, float]:
 
 
 def impressions(model: SequentialModel, batch: Batch) -> Batch:
-    """Every target of a training batch as a row of its own with the past before it; rows stand in for its events."""
+    """Every target of a training batch as a row of its own with what was before it; rows stand in for its events.
+
+    To foresee an event takes one before it, so the first of a life is no target of a model that only retrieves.
+    """
     name = model.series.name
     new = torch.zeros(len(batch), dtype=torch.long) if batch.new_events is None else batch.new_events
     row = torch.repeat_interleave(torch.arange(len(batch)), new + 1)
     back = torch.arange(len(row)) - torch.repeat_interleave((new + 1).cumsum(0) - new - 1, new + 1)  # 0: the row itself
+    if not model.ranks:
+        foreseen = back < batch.user.lists[name].lengths[batch.user_of_row[row]]
+        row, back = row[foreseen], back[foreseen]
     each = replace(batch.take(row).unshared(), new_events=None)
-    past = each.user.lists[name]
-    place = torch.arange(len(past.values)) - torch.repeat_interleave(past.offsets[:-1], past.lengths)
-    before = place < torch.repeat_interleave(past.lengths - back, past.lengths)
-    cut = Jagged.from_lengths(past.values[before], past.lengths - back)
-    return replace(each, user=replace(each.user, lists={**each.user.lists, name: cut}))
+    return replace(each, user=before(each.user, name, back))
+
+
+def before(user: Rows, name: str, back: Tensor) -> Rows:
+    """Each user as of the event of the series `name` that is `back` [U] before the end; 0 leaves a user as it is."""
+    past, now = user.lists[name], user.now
+    many = {name: past.lengths - back}
+    if now is not None and name in user.times:
+        times = torch.cat([user.times[name].values, now.new_zeros(1)])
+        now = torch.where(back > 0, times[past.offsets[1:] - back], now)
+        for other, kept in user.times.items():
+            if other != name:
+                owner = torch.repeat_interleave(torch.arange(len(kept)), kept.lengths)
+                earlier = torch.bincount(owner[kept.values < now[owner]], minlength=len(kept))
+                many[other] = torch.where(back > 0, earlier, kept.lengths)
+
+    def cut(kept: dict[str, Jagged]) -> dict[str, Jagged]:
+        return {key: _first(lists, many[key]) if key in many else lists for key, lists in kept.items()}
+
+    return replace(user, lists=cut(user.lists), times=cut(user.times), actions=cut(user.actions), now=now)
+
+
+def _first(lists: Jagged, many: Tensor) -> Jagged:
+    """The first `many` [n] of each list."""
+    place = torch.arange(len(lists.values)) - torch.repeat_interleave(lists.offsets[:-1], lists.lengths)
+    return Jagged.from_lengths(lists.values[place < torch.repeat_interleave(many, lists.lengths)], many)
 
 
 def figures(model: Model, batch: Batch) -> dict[str, Any]:

@@ -17,15 +17,23 @@ from scalerec.data.reader import ParquetRows, find_parquet
 from scalerec.data.split import NoSplit
 from scalerec.errors import InputError
 from scalerec.evaluate import BATCH
+from scalerec.models.base import Model
 
 
 def score_files(folder: Path, source: str, out: Path, *, skip_bad_shards: bool = False) -> dict[str, Any]:
     """Write the rows of `source` to `out` with one column `score_<task>` per task; `out` appears only when complete.
 
     Raises:
-        InputError: no checkpoint, no files, columns missing, a column of that name already there.
+        InputError: no checkpoint, no files, columns missing, a column of that name already there, a model that does
+            not rank.
     """
     saved = checkpoint.load(folder)
+    model = saved.model()
+    if not model.ranks:
+        raise InputError(
+            f"{folder}: {saved.run['model']['kind']} only retrieves and has no scores of tasks: measure it with "
+            "`scalerec evaluate`, or train a model that ranks (hstu with --model.goal ranking or joint)"
+        )
     rows = ParquetRows(find_parquet(source), NoSplit(), skip_bad_shards=skip_bad_shards)
     names = [f"score_{task}" for task in saved.layout.tasks]
     clash = [name for name in names if name in rows.columns]
@@ -36,7 +44,7 @@ def score_files(folder: Path, source: str, out: Path, *, skip_bad_shards: bool =
     count = 0
     try:
         writer = None
-        for scored in _scored(saved, rows, names):
+        for scored in _scored(saved, model, rows, names):
             writer = writer or pq.ParquetWriter(temporary, scored.schema, compression="zstd")
             writer.write_batch(scored)
             count += scored.num_rows
@@ -52,8 +60,9 @@ def score_files(folder: Path, source: str, out: Path, *, skip_bad_shards: bool =
     return {"rows": count, "out": str(out), "counts": {k: v for k, v in counts.items() if k != "rows"}}
 
 
-def _scored(saved: checkpoint.Checkpoint, rows: ParquetRows, names: list[str]) -> Iterator[pa.RecordBatch]:
-    model = saved.model()
+def _scored(
+    saved: checkpoint.Checkpoint, model: Model, rows: ParquetRows, names: list[str]
+) -> Iterator[pa.RecordBatch]:
     for piece in rows.pieces("train"):
         if not piece.rows.num_rows:
             continue

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from scalerec import checkpoint, metrics
+from scalerec import checkpoint, metrics, topk
 from scalerec.batch import UNKNOWN
 from scalerec.config import override, parse
 from scalerec.data.loader import Loader
 from scalerec.data.reader import ParquetRows, find_parquet
 from scalerec.data.split import NoSplit, Part
 from scalerec.errors import InputError
-from scalerec.evaluate import BATCH, Predictions
+from scalerec.evaluate import BATCH, NEXT, Predictions
 from scalerec.evaluate import predict as predict_batches
 from scalerec.evaluate import tables as tables_of
 from scalerec.features.encoder import Encoder
@@ -23,6 +23,7 @@ from scalerec.training.run import Run
 
 MOST_VALUES = 50  # slices shown
 REPLICATES = 200
+OF_PLACES = ("hr@10", "ndcg@10")  # what has an interval, of retrieval
 
 
 def evaluate_run(
@@ -32,26 +33,32 @@ def evaluate_run(
     """Slice -> task -> metrics; without `by` the one slice is the part itself.
 
     Raises:
-        InputError: no checkpoint, files without the columns of its schema, a column to slice by that is not there.
+        InputError: no checkpoint, files without the columns of its schema, a column to slice by that is not there, a
+            `keep_rate` for a model without probabilities.
     """
     saved = checkpoint.load(folder)
+    model = saved.model()
+    if keep_rate != 1.0 and not model.ranks:
+        raise InputError(
+            f"--keep-rate {keep_rate}: {saved.run['model']['kind']} in {folder} only retrieves and has no "
+            "probabilities to correct: leave it out"
+        )
     run = override(parse(Run, saved.run, str(folder)), changes or {})
     if data:
         rows, part = ParquetRows(find_parquet(data), NoSplit()), "train"
     else:
         rows = ParquetRows.of(run.data, run.data.prepare(), skip_bad_shards=run.skip_bad_shards)
-    predictions = predict_batches(saved.model(), Loader(rows, saved.encoder, part, BATCH))
+    predictions = predict_batches(model, Loader(rows, saved.encoder, part, BATCH))
     if keep_rate != 1.0:
         corrected = metrics.recalibrate(predictions.probabilities, keep_rate).astype(np.float32)
         predictions = predictions._replace(probabilities=corrected)
     tasks = saved.layout.tasks
     if by is None:
         found = tables_of(predictions, tasks)
-        return {
-            Path(data).name if data else part: {
-                task: found[task] | _intervals(predictions, j) for j, task in enumerate(tasks)
-            }
-        }
+        intervals = {task: _intervals(predictions, j) for j, task in enumerate(tasks) if task in found}
+        if NEXT in found:
+            intervals[NEXT] = _intervals_of_places(predictions)
+        return {Path(data).name if data else part: {name: table | intervals[name] for name, table in found.items()}}
     values = _values(rows, part, by, saved.encoder, predictions)
     found, counts = np.unique(values, return_counts=True)
     largest = found[np.sort(np.argsort(-counts, kind="stable")[:MOST_VALUES])]
@@ -68,6 +75,17 @@ def _intervals(predictions: Predictions, j: int) -> dict[str, float]:
             estimate = metrics.bootstrap(*arrays, metric=metric, replicates=REPLICATES)
         except InputError:  # too few users: the metric stands without an interval
             continue
+        found |= {f"{metric}_low": estimate.low, f"{metric}_high": estimate.high}
+    return found
+
+
+def _intervals_of_places(predictions: Predictions) -> dict[str, float]:
+    """The same of what retrieval is measured by: each metric is its difference to one that never finds anything."""
+    asked = ~np.isnan(predictions.places[:, 0])
+    users, places = predictions.users[asked], predictions.places[asked, 0]
+    found = {}
+    for metric in OF_PLACES if len(np.unique(users)) > 1 else ():
+        estimate = topk.paired_bootstrap(users, np.full_like(places, np.inf), places, metric, REPLICATES)
         found |= {f"{metric}_low": estimate.low, f"{metric}_high": estimate.high}
     return found
 

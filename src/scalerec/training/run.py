@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, SerializeAsAny
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, SerializeAsAny, model_validator
 
 from scalerec.config import Config, component
 from scalerec.data.source import Source
@@ -42,6 +42,20 @@ class Run(Config):
     training: TrainingConfig = TrainingConfig()
     skip_bad_shards: bool = False
     dim: Annotated[int, Field(ge=0)] = 0  # width of embeddings; 0: as the schema says
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Run:
+        drawn, model, select = self.training.negatives, self.model, self.training.select
+        if getattr(model, "log_q", False) and (drawn.how != "in_batch" or drawn.distinct):
+            raise ValueError(
+                "--model.log_q corrects negatives drawn as often as they occur: set --training.negatives.how in_batch "
+                "and --training.negatives.distinct false"
+            )
+        measured = model.ranks if select in ("auc", "log_loss") else model.retrieves
+        if select != "last" and not measured:
+            instead = "auc, log_loss" if model.ranks else "ndcg@10, hr@10, mrr"
+            raise ValueError(f"--training.select {select}: {model.kind} is not measured by it: {instead} or last")
+        return self
 
     def schema(self) -> Schema:
         """The data's schema with this run's width of embeddings."""

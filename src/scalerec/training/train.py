@@ -25,7 +25,7 @@ from scalerec.losses import total
 from scalerec.models.base import Model
 from scalerec.schema import Schema
 from scalerec.training.log import Log
-from scalerec.training.optim import load_state_tensors, state_tensors
+from scalerec.training.optim import densify, load_state_tensors, state_tensors
 from scalerec.training.run import Run
 from scalerec.training.warm_start import transfer
 
@@ -45,6 +45,7 @@ class State:
     best_value: float | None = None
     best_tables: dict[str, dict[str, float]] = field(default_factory=dict)  # of the validation rows, by task
     evaluations: int = 0
+    evaluated: int = -1  # step of the last evaluation
     evaluations_since_best: int = 0
     threads: int = 0
     rows: int = 0  # in all the files
@@ -88,7 +89,6 @@ class Training:
         self.model: Model = run.model.build(self.encoder.layout).to(self.device)
         if old is not None:
             log.say(transfer(old, self.model))
-        self.dense_parameters = self.model.dense_parameters()
         self.optimizers = self.config.optimizer.build(self.model)
         self.loader = Loader(
             self.rows, self.encoder, "train", self.config.batch_size, seed=self.config.seed,
@@ -164,7 +164,7 @@ class Training:
                 self.log.counts(self.encoder.counts + self.rows.counts if self.state.epoch == 1 else Counter())
                 if not self.config.evaluate_every:
                     self._evaluate()
-        if not self.state.best:
+        if self.state.evaluated != self.state.step:
             self._evaluate()
         self.state.finished = True
 
@@ -177,7 +177,9 @@ class Training:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.config.optimizer.clip:
-            nn.utils.clip_grad_norm_(self.dense_parameters, self.config.optimizer.clip)
+            clipped = self.optimizers["dense"].param_groups[0]["params"]
+            densify(clipped)
+            nn.utils.clip_grad_norm_(clipped, self.config.optimizer.clip)
         for optimizer in self.optimizers.values():
             optimizer.step()
         self.model.after_step()
@@ -201,7 +203,7 @@ class Training:
         """Validate, keep the best checkpoint, and stop when nothing got better for `patience` evaluations."""
         state = self.state
         found = evaluate.tables(self.predict("validation"), self.encoder.layout.tasks)
-        state.evaluations += 1
+        state.evaluations, state.evaluated = state.evaluations + 1, state.step
         value = self._value(found)
         self.log.write("validation", state.step, {"epoch": state.epoch, "tasks": found}, state.seconds)
         if state.best_value is None or value > state.best_value:
@@ -218,9 +220,6 @@ class Training:
         if select == "last":
             return float(self.state.step)
         values = [table[select] for table in tables.values() if select in table]
-        if not values:
-            has = ", ".join(next(iter(tables.values())))
-            raise InputError(f"--training.select {select}: {self.run.model.kind} is not measured by it; it has {has}")
         return sum(values) / len(values) * (-1 if select == "log_loss" else 1)
 
     def predict(self, part: Part) -> evaluate.Predictions:

@@ -1,4 +1,4 @@
-"""Yesterday's checkpoint, today's ids: weights move over, new rows begin neutral."""
+"""Yesterday's checkpoint, today's ids: weights move over, new rows begin as what they meant until yesterday."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from scalerec.models.base import Model
 
 
 def transfer(old: Checkpoint, model: Model) -> str:
-    """Copy the old weights into `model`, whose tables may have grown at their ends; says what was new.
+    """Copy the old weights into the fresh `model`, whose tables may have grown at their ends; says what was new.
 
     Raises:
         InputError: the dense part has other shapes than in the checkpoint.
@@ -23,8 +23,10 @@ def transfer(old: Checkpoint, model: Model) -> str:
             raise InputError(f"--warm-start {old.folder}: {name} has another shape there; use the same --model options")
         with torch.no_grad():
             value[: len(before)] = before
-            # The unknown row is what these ids meant until yesterday.
-            value[len(before) :] = before[1] if len(value) > len(before) else 0
+            # The unknown row is what these ids meant until yesterday, unless nothing was unknown and it never learned:
+            # at zero a vector that is normalised has gradients beyond all bounds.
+            if len(value) > len(before) and before[1].any():
+                value[len(before) :] = before[1]
         new_rows += len(value) - len(before)
     model.load_state_dict(state)
     return f"warm start from {old.folder}: {new_rows:,} new ids"

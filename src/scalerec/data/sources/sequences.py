@@ -23,7 +23,6 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import BeforeValidator, PositiveFloat, PositiveInt, SerializeAsAny, model_validator
 
 from scalerec.config import component
@@ -34,7 +33,6 @@ from scalerec.data.split import PARTS, ColumnSplit, NoSplit, Part, Split, column
 from scalerec.errors import InputError
 from scalerec.features import history
 from scalerec.features.hashing import hash_column, mix
-from scalerec.features.numeric import numbers
 from scalerec.schema import Categorical, Group, Schema, Sequence, SequenceField, Side
 
 EVENTS = "events"  # the main sequence
@@ -45,6 +43,7 @@ USUAL_LENGTH = 50  # of histories: row groups of longer ones have fewer rows
 class Sequences(Source):
     """One training example for each user, or for each session with a `session_gap`, of the source `of`."""
 
+    version: ClassVar[int] = 2
     row_column: ClassVar[str] = ROW
     partition_rows: ClassVar[int] = 1_000_000  # held in memory at a time
 
@@ -55,7 +54,7 @@ class Sequences(Source):
     max_len: PositiveInt = 200
     fields: tuple[str, ...] = ()  # item-side categorical features kept with each event; the item always is
     auxiliary: tuple[str, ...] = ()  # categorical features that change slowly: a sequence of their changes each
-    context: tuple[str, ...] = ()  # user-side categorical features
+    context: tuple[str, ...] = ()  # user-side categorical features that never change: earlier targets see them as well
     actions: bool = True  # keep the tasks' labels with each event
     session_gap: PositiveFloat | None = None  # seconds without an event that end a session; None: one session a user
     session_events: PositiveInt | None = None  # events after which a session ends in any case
@@ -90,7 +89,13 @@ class Sequences(Source):
                     raise InputError(f"--data.{option}: {name!r} is no {what} of {self.of.kind}{hint}")
 
         fields = list(dict.fromkeys([items[0], *self.fields]))
-        labels = tuple(dict.fromkeys(task.column for task in inner.tasks)) if self.actions else ()
+        labels = tuple(task.column for task in inner.tasks) if self.actions else ()
+        shared = inner.shared_label(labels)
+        if shared is not None:
+            raise InputError(
+                f"sequences of {self.of.kind}: an event keeps one action a label, but two tasks have the label "
+                f"{shared!r}: give each a column of its own or pass --data.actions false"
+            )
         events = Sequence(
             name=EVENTS, fields=tuple(SequenceField(of=name) for name in fields), time=True, actions=labels,
             max_len=self.max_len,
@@ -189,7 +194,7 @@ class Sequences(Source):
             # Rows without a user have nothing in common: they are spread over all partitions.
             code = np.where(user.is_null().to_numpy(zero_copy_only=False), piece.index.astype(np.uint64), code)
             mine = mix(code) % np.uint64(partitions) == number
-            held = {name: _plain(piece.rows.column(name)) for name in columns} | _labels(piece.rows, schema)
+            held = {name: _plain(piece.rows.column(name)) for name in columns}
             tables.append(pa.table(held | {ROW: piece.index}).filter(pa.array(mine)))
             parts.append(part[mine])
         return pa.concat_tables(tables, promote_options="permissive").combine_chunks(), np.concatenate(parts)
@@ -292,19 +297,6 @@ def _no_clash(added: set[str], there: list[str], source: Source) -> None:
     clash = next((name for name in there if name in added), None)
     if clash is not None:
         raise InputError(f"sequences of {source.kind}: {clash!r} is a name that sequences add: rename it there")
-
-
-def _labels(rows: pa.RecordBatch, schema: Schema) -> dict[str, pa.Array]:
-    """The label columns, null where no task counts the row: a masked label is no action either."""
-    found = {}
-    for label in {task.column for task in schema.tasks}:
-        masks = [task.mask for task in schema.tasks if task.column == label]
-        column = _plain(rows.column(label))
-        if all(masks):
-            counted = [np.nan_to_num(numbers(rows.column(mask), mask)[0]) != 0 for mask in masks if mask]
-            column = pc.if_else(pa.array(np.any(counted, axis=0)), column, pa.scalar(None, column.type))
-        found[label] = column
-    return found
 
 
 def _plain(column: pa.Array) -> pa.Array:
