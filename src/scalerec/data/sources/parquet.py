@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,6 +25,7 @@ class Parquet(Source):
     Where the schema has a sequence whose list columns are not in the files, the log is replayed once to make them.
     """
 
+    version: ClassVar[int] = 2
     kind: Literal["parquet"] = "parquet"
     path: str = ""
     schema_file: str = ""  # JSON of a Schema, as `scalerec schema infer` writes it
