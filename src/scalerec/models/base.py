@@ -124,7 +124,7 @@ class FeatureJoin(nn.Module):
         for past in self.sequences:
             if sequence == "din" and all(name in items for name in past.query):
                 self.din[past.name] = DIN(past.width)
-                self.queries[past.name] = [_columns(layout.sides["item"].flat, name) for name in past.query]
+                self.queries[past.name] = [columns_of(layout.sides["item"].flat, name) for name in past.query]
         self.means = [past for past in self.sequences if past.name not in self.din]
         self.user_width = layout.sides["user"].flat_width + sum(past.width for past in self.means)
         self.item_width = layout.sides["item"].flat_width + sum(p.width for p in self.sequences if p.name in self.din)
@@ -169,7 +169,8 @@ class FeatureJoin(nn.Module):
         return total
 
 
-def _columns(features: list[FeatureLayout], name: str) -> slice:
+def columns_of(features: list[FeatureLayout], name: str) -> slice:
+    """Where a feature lies in the flat vector of these features."""
     first = 0
     for feature in features:
         if feature.name == name:

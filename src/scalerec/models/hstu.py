@@ -20,8 +20,8 @@ from scalerec.layers.embedding import Embedded
 from scalerec.layers.heads import HeadKind, Heads
 from scalerec.layers.hstu import TIME_BUCKETS, HSTULayer
 from scalerec.losses import Term, binary_cross_entropy
-from scalerec.models.base import count
-from scalerec.models.sequential import Encoded, Events, SequentialConfig, SequentialModel, columns_of, start_items
+from scalerec.models.base import columns_of, count
+from scalerec.models.sequential import Encoded, Events, SequentialConfig, SequentialModel, start_items
 from scalerec.ops.candidate_attention import candidate_attention, candidate_pairs
 from scalerec.ops.hstu_attention import AttentionPlan, attention_plan, bucket, hstu_attention
 from scalerec.ops.streams import Stream, merge
@@ -241,9 +241,9 @@ class HSTU(SequentialModel):
             streams.append(Stream(self.of_auxiliary[series.name](past.vectors), past.user, past.times, 2, place))
         everyone = torch.arange(users, device=device)
         before = torch.full((users,), -torch.inf, dtype=torch.float64, device=device)
-        side = self.layout.sides["user"]
+        user_side = self.layout.sides["user"].flat
         for j, feature in enumerate(self.context):
-            own = self.of_context[feature.name](user.flat[:, columns_of(side, feature.name)])
+            own = self.of_context[feature.name](user.flat[:, columns_of(user_side, feature.name)])
             streams.append(Stream(own, everyone, before, 0, torch.full_like(everyone, j)))
         tokens = merge(streams, users)
         # The prefix happens at the first event, without one at the request.

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from scalerec.batch import FIRST_ID, Batch, Jagged, Outputs
 from scalerec.errors import InputError
-from scalerec.features.layout import Layout, SideLayout
+from scalerec.features.layout import Layout
 from scalerec.layers.embedding import Embedded, EmbeddedSequence, EmbeddingCollection, Lookup
 from scalerec.losses import Term, distinct, full_softmax, log_frequency, sampled_softmax
-from scalerec.models.base import Model, ModelConfig
+from scalerec.models.base import Model, ModelConfig, columns_of
 from scalerec.topk import product_ranks
 
 
@@ -108,7 +108,7 @@ class SequentialModel(Model):
                 f"sequence {self.series.name!r} keeps {absent!r}, which no candidate has: move it to items"
             )
         self.item_column = names.index(self.series.query[0])
-        self.query_columns = [columns_of(items, name) for name in self.series.query]
+        self.query_columns = [columns_of(items.flat, name) for name in self.series.query]
         if self.retrieves and self.item_table.dim != config.dim:
             raise InputError(
                 f"--model.dim {config.dim}: to retrieve, it must be the width of {self.item_table.name!r}, which is "
@@ -235,16 +235,6 @@ class SequentialModel(Model):
         """[V, D] the unit vectors of all items, from the table's first real id on."""
         ids = self.catalogue_ids(next(self.parameters()).device)
         return F.normalize(self.embeddings.look_up([Lookup(self.item_table.name, ids)])[0], dim=-1, eps=1e-6)
-
-
-def columns_of(side: SideLayout, name: str) -> slice:
-    """Where a feature lies in the side's flat vector."""
-    first = 0
-    for feature in side.flat:
-        if feature.name == name:
-            return slice(first, first + feature.width)
-        first += feature.width
-    raise KeyError(name)
 
 
 def start_items(embeddings: EmbeddingCollection, table: str) -> None:
