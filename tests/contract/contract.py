@@ -388,6 +388,8 @@ def check_config_json(make: Maker, world: World) -> None:
 def check_compiled(make: Maker, world: World) -> None:
     """`torch.compile` gives the plain logits, for another number of rows without compiling anew, and gradients."""
     model, plain = make.awake(), make.awake()
+    if not model.exports:
+        return
 
     def step(owner: Model, dense: Callable[..., Outputs], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         user, items = owner.embeddings(batch.user, batch.items)
