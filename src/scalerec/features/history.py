@@ -106,8 +106,8 @@ class Order:
         codes, times = codes[order], times[order]
         new_user = np.append(True, codes[1:] != codes[:-1])[: len(codes)]
         new_time = new_user | np.append(True, times[1:] != times[:-1])[: len(codes)]
-        past = _last_true(new_time) if ties == "hidden" else np.arange(len(codes))
-        return Order(encoded.dictionary, order, codes, _last_true(new_user), past)
+        past = last_true(new_time) if ties == "hidden" else np.arange(len(codes))
+        return Order(encoded.dictionary, order, codes, last_true(new_user), past)
 
 
 @dataclass(frozen=True)
@@ -239,6 +239,6 @@ def _changes(values: pa.Array, order: Order, kept: np.ndarray, held_until: np.nd
     return changed
 
 
-def _last_true(starts: np.ndarray) -> np.ndarray:
+def last_true(starts: np.ndarray) -> np.ndarray:
     """For each position [n] the nearest position at or before it where `starts` is true."""
     return np.maximum.accumulate(np.where(starts, np.arange(len(starts)), 0))

@@ -186,8 +186,9 @@ class HSTU(SequentialModel):
             time=layer.time if self.timed else None, query_times=across.upcoming, key_times=across.times,
             time_log_base=self.config.time_log_base, plan=across.plan, normalise=self.config.attention,
         )  # fmt: skip
-        finished = checkpoint(layer.finish, x, u, attended, use_reentrant=False) if again else None
-        return layer.finish(x, u, attended) if finished is None else finished, k, v  # type: ignore[return-value]
+        if again:
+            return checkpoint(layer.finish, x, u, attended, use_reentrant=False), k, v  # type: ignore[return-value]
+        return layer.finish(x, u, attended), k, v
 
     def enter(self, vectors: Tensor, positions: Tensor, times: Tensor, now: Tensor) -> Tensor:
         """Token vectors [n, D] with their place (and age), scaled and dropped out."""
@@ -293,14 +294,16 @@ class HSTU(SequentialModel):
         x = self.enter(x, place, now, now)
         user = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
         ago = torch.arange(len(user), device=user.device) - state.offsets[1:][user]  # j - n: -1 for the last token
-        seen = bucket(state.now[user] - state.times, TIME_BUCKETS, self.config.time_log_base)
+        seen = None
+        if self.timed:
+            seen = bucket(state.now[user] - state.times, TIME_BUCKETS, self.config.time_log_base)
         for layer, keys, values in zip(self.layers, state.keys, state.values):
             assert isinstance(layer, HSTULayer)
             u, v, q, k = layer.project(x)
             bias, own = None, None
             if layer.position is not None:
                 bias, own = layer.position[ago + self.longest - 1], layer.position[self.longest - 1]
-            if layer.time is not None and self.timed:
+            if layer.time is not None and seen is not None:
                 bias = layer.time[seen] + (0 if bias is None else bias)
                 own = layer.time[0] + (0 if own is None else own)
             attended = candidate_attention(

@@ -50,10 +50,6 @@ class Events:
     times: Tensor | None  # [E] float64 seconds
     actions: Tensor | None  # [E, labels] 0, 1 or NaN
 
-    @property
-    def lengths(self) -> Tensor:
-        return self.offsets.diff()
-
     @staticmethod
     def of(sequence: EmbeddedSequence) -> Events:
         mask = sequence.mask

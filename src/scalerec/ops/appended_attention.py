@@ -5,13 +5,11 @@ r new tokens   n tokens of the sequence, the new ones at the end   H heads   K w
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Normalise = Literal["silu", "softmax"]
+from scalerec.ops.hstu_attention import Normalise
 
 
 def appended_attention(

@@ -5,15 +5,12 @@ B candidate rows   U users   T history tokens of all users   H heads   K width o
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from scalerec.batch import Jagged
-
-Normalise = Literal["silu", "softmax"]
+from scalerec.ops.hstu_attention import Normalise
 
 
 def candidate_attention(

@@ -5,6 +5,7 @@ k touched rows   d width of a table
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
@@ -75,7 +76,7 @@ def densify(parameters: Iterable[nn.Parameter]) -> None:
             parameter.grad = parameter.grad.to_dense()
 
 
-class _RowOptimizer(torch.optim.Optimizer):
+class _RowOptimizer(torch.optim.Optimizer, ABC):
     """Optimisers that touch only the rows of the step, with all their state from the beginning."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], options: dict[str, Any], rowwise: bool, host: bool):
@@ -88,15 +89,17 @@ class _RowOptimizer(torch.optim.Optimizer):
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
+    @abstractmethod
     def new_state(self, parameter: Tensor, device: torch.device) -> dict[str, Tensor]:
-        raise NotImplementedError
+        """The state of one table, all zeros."""
 
     def per_row(self, parameter: Tensor, device: torch.device) -> Tensor:
         """Zeros for squares of gradients: as wide as the table, or one for each row."""
         return torch.zeros(parameter.shape[0], 1 if self.rowwise else parameter.shape[1], device=device)
 
+    @abstractmethod
     def update(self, parameter: nn.Parameter, state: dict[str, Tensor], options: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """One step of one table and its state, in place."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

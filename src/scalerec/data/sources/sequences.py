@@ -227,7 +227,7 @@ class _Events(NamedTuple):
             "rows without a user": int((order.user == 0).sum()),
             "rows without an item": int((~item & (order.user > 0)).sum()),
         }
-        return _Events(order.rows[kept], _last_true(starts), counts)
+        return _Events(order.rows[kept], history.last_true(starts), counts)
 
 
 def _by_place(log: pa.Table, schema: Schema, source: Sequences) -> _Examples:
@@ -258,9 +258,9 @@ def _by_time(log: pa.Table, schema: Schema, parts: np.ndarray, source: Sequences
         seconds = _seconds(log, schema)[events.rows]
         starts |= np.diff(seconds, prepend=seconds[0]) >= source.session_gap
     if source.session_events is not None:
-        starts |= (places - _last_true(starts)) % source.session_events == 0
+        starts |= (places - history.last_true(starts)) % source.session_events == 0
     ends = np.append(starts | ~training, True)[1:] & training
-    new = (places - _last_true(starts))[ends]
+    new = (places - history.last_true(starts))[ends]
     users = events.counts["users"]
     none = {"users without a training event": users - len(np.unique(events.first[ends]))}
     found = _examples(log, events, {"train": np.flatnonzero(ends)}, new, source.max_len, none)
@@ -309,8 +309,3 @@ def _seconds(log: pa.Table, schema: Schema) -> np.ndarray:
     kind = log.schema.field(schema.time).type
     unit = 1.0 if pa.types.is_timestamp(kind) or pa.types.is_date(kind) else schema.time_unit
     return times_of(log.to_batches()[0], schema.time) * unit
-
-
-def _last_true(starts: np.ndarray) -> np.ndarray:
-    """For each place [n] the nearest place at or before it where `starts` is true."""
-    return np.maximum.accumulate(np.where(starts, np.arange(len(starts)), 0))
