@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from scalerec.errors import InputError
+from scalerec.ops.pair_softmax import pair_softmax
 
 COLLISION = -5e4  # logit of a negative that is the target itself (spec C.6)
 
@@ -108,6 +109,12 @@ class _SoftmaxSum(torch.autograd.Function):
         scale: float, log_q: Tensor | None,
     ) -> Tensor:  # fmt: skip
         differentiate = any(ctx.needs_input_grad)
+        if negatives is not None and negatives.ndim == 2 and queries.device.type == "cpu":
+            given = queries, candidates, target, negatives, weights
+            total, *gradients = pair_softmax(*given, scale, COLLISION, log_q, differentiate)
+            if differentiate:
+                ctx.save_for_backward(*gradients)
+            return total
         if negatives is not None and negatives.ndim == 2:
             pairs = _OwnPairs(candidates, target, negatives, log_q)
         else:
@@ -174,7 +181,10 @@ class _SharedPairs:
 
 
 class _OwnPairs:
-    """Every prediction against candidates of its own: their vectors are read in place, not gathered into [P, R, D]."""
+    """Every prediction against candidates of its own: their vectors are read in place, not gathered into [P, R, D].
+
+    The plain twin of `ops.pair_softmax`, and what other devices than the CPU use.
+    """
 
     def __init__(self, candidates: Tensor, target: Tensor, negatives: Tensor, log_q: Tensor | None):
         self.candidates, self.log_q = candidates, log_q

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from scalerec.errors import InputError
 from scalerec.losses import (
     Term,
+    _OwnPairs,
     binary_cross_entropy,
     distinct,
     full_softmax,
@@ -16,6 +17,7 @@ from scalerec.losses import (
     sampled_softmax,
     total,
 )
+from scalerec.ops.pair_softmax import pair_softmax
 
 
 def test_value_by_hand():
@@ -187,6 +189,33 @@ def test_many_pieces_equal_one(how, monkeypatch):
     torch.testing.assert_close(cut.sum, whole.sum)
     for one, other in zip(torch.autograd.grad(cut.sum, case[:2]), gradients):
         torch.testing.assert_close(one, other)
+
+
+def test_own_pairs_equal_their_plain_twin(monkeypatch):
+    for log_q in (None, torch.randn(40)):
+        *case, weights = softmax_case("own", seed=7)
+        for threads in (1, 3):
+            monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+            sum_of, *gradients = pair_softmax(*case, weights, 20.0, -5e4, log_q)
+            expected, of_queries = 0.0, torch.empty_like(case[0])
+            pairs = _OwnPairs(case[1].detach(), *case[2:], log_q)
+            for piece in (slice(0, 70), slice(70, 150)):
+                queries, factor = case[0].detach()[piece], weights[piece]
+                logs = pairs.logits(queries, piece, 20.0).log_softmax(1)
+                expected -= logs[:, 0] @ factor
+                slopes = logs.exp() - F.one_hot(torch.zeros(len(queries), dtype=torch.long), logs.shape[1])
+                of_queries[piece] = pairs.differentiate(20 * slopes * factor[:, None], queries, piece)
+            torch.testing.assert_close(sum_of, expected)
+            torch.testing.assert_close(gradients, [of_queries, pairs.gradient()], rtol=1e-4, atol=1e-4)
+        assert pair_softmax(*case, weights, 20.0, -5e4, log_q, differentiate=False) == (sum_of, None, None)
+
+
+@pytest.mark.parametrize("place", [-1, 40])
+def test_a_pair_with_no_such_candidate_is_refused(place):
+    case = softmax_case("own")
+    case[3][100, 5] = place
+    with pytest.raises(IndexError, match="no row"):
+        softmax_sum(*case, 0.1)
 
 
 @pytest.mark.parametrize("negatives", [torch.tensor([1, 1]), torch.tensor([[1, 1]])])

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scalerec.ops._hstu_plan import AttentionPlan, Group, Places, Tile, Times, cut, tile_buckets
-from scalerec.ops._hstu_threads import in_threads, scratch
+from scalerec.ops._threads import in_threads, scratch
 
 BLOCK = 1 << 18  # scores at once: few enough for the second cache, and worth the call
 NEVER = -1e30  # a score whose SiLU and its slope are zero

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from scalerec.ops._hstu_threads import scratch
+from scalerec.ops._threads import scratch
 
 TIME_LOG_BASE = 0.301  # log10(2), but of natural logarithms: a quirk of the published code, kept for comparability
 COARSE = 512  # rows and keys of a tile: few steps, and what one of them needs is about as large as the second cache

@@ -50,7 +50,7 @@ def _pool(count: int) -> ThreadPoolExecutor:
                 torch.set_num_threads(1)  # of this thread; but later threads take over the last number set by any
                 ready.wait()
 
-            pool, threads = ThreadPoolExecutor(count, "hstu", begin), torch.get_num_threads()
+            pool, threads = ThreadPoolExecutor(count, "scalerec", begin), torch.get_num_threads()
             for _ in range(count):
                 pool.submit(int)
             ready.wait()
