@@ -90,13 +90,14 @@ def falcon(model: HSTU, request: Batch) -> Tensor:
 def one_by_one(model: HSTU, request: Batch, sample: Tensor, together: int) -> Tensor:
     """Logits of the candidates `sample`, each as the last token of a sequence of its own."""
     past, when = request.user.lists["events"].values, request.user.times["events"].values
-    assert model.heads is not None and request.user.now is not None
+    assert request.user.now is not None
     found = []
     for part in sample.split(together):
         ids = torch.cat([past.expand(len(part), -1, -1), request.items.ids[part, None]], 1).flatten(0, 1)
         times = torch.cat([when, request.user.now]).repeat(len(part))
         state = model.encode_user(model.embeddings(history(ids, times, len(part)))[0])
-        found.append(model.heads(state.hidden[state.offsets[1:] - 1])[:, 0])
+        last = state.offsets[1:] - 1
+        found.append(model.logits(state.hidden[last], state.content[last])[:, 0])
     return torch.cat(found)
 
 

@@ -37,10 +37,12 @@ def predict(model: Callable[[Batch], Outputs], batches: Iterable[Batch]) -> Pred
     catalogue = torch.zeros(0) if retriever is None else retriever.catalogue()
     parts: list[Predictions] = []
     for batch in batches:
-        none = batch.labels.new_zeros(len(batch), 0)
-        logits = model(batch).logits.float() if getattr(model, "ranks", True) else none
-        places = none if retriever is None else retriever.places(batch, catalogue)[:, None]
-        tensors = (torch.sigmoid(logits), batch.labels, batch.weights, batch.users, batch.index, places)
+        if retriever is None:
+            logits, places = model(batch).logits, batch.labels.new_zeros(len(batch), 0)
+        else:
+            logits, place = retriever.logits_and_places(batch, catalogue)
+            places = place[:, None]
+        tensors = (torch.sigmoid(logits.float()), batch.labels, batch.weights, batch.users, batch.index, places)
         parts.append(Predictions(*(tensor.cpu().numpy() for tensor in tensors)))
         # Few and ever larger: thousands of small arrays would pin the memory that the batches between them gave back.
         while len(parts) > 1 and len(parts[-2].index) <= len(parts[-1].index):

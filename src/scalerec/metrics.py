@@ -5,7 +5,6 @@ n rows   U users   S seeds (models that differ only in their seed, scored on the
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from scalerec.errors import InputError
+from scalerec.intervals import Difference, Estimate, Measure, dense_codes, one_per_row, owners, user_ids
 
 Metric = Literal["auc", "uauc", "log_loss", "ne"]  # uauc: weighted by impressions
 Array = np.ndarray
@@ -59,7 +59,7 @@ def auc_by_user(users: ArrayLike, labels: ArrayLike, scores: ArrayLike) -> ByUse
     """The AUC of every user on its own rows."""
     clicked = _labels(labels)
     values = _scores(scores, len(clicked))
-    ids = _users(users, len(clicked))
+    ids = user_ids(users, len(clicked))
     if not len(ids):
         return ByUser(ids, np.empty(0), np.empty(0, np.int64))
     found, rows = _auc_by_group(_codes(ids), clicked, values)
@@ -113,18 +113,7 @@ def _codes(values: Array) -> Array:
             bits = (single + np.float32(0)).view(np.uint32)  # + 0 turns -0.0 into 0.0: they must tie
             flip = np.where(bits >> 31, np.uint32(0xFFFFFFFF), np.uint32(0x80000000))
             return (bits ^ flip).astype(np.uint64)
-    return _dense(values)[0].astype(np.uint64)
-
-
-def _dense(values: Array) -> tuple[Array, int]:
-    """Codes 0..count-1 that order and tie as the values do, and the count; half the time of np.unique."""
-    order = np.argsort(values)
-    ordered = values[order]
-    step = np.zeros(len(values), np.int64)
-    np.not_equal(ordered[1:], ordered[:-1], out=step[1:], casting="unsafe")
-    codes = np.empty(len(values), np.int64)
-    codes[order] = np.cumsum(step, out=step)
-    return codes, int(step[-1]) + 1 if len(step) else 0
+    return dense_codes(values)[0].astype(np.uint64)
 
 
 class _Ranking:
@@ -242,33 +231,13 @@ def _ranks(ranks: ArrayLike) -> Array:
     return places
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A metric on all rows and its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-    replicates: int  # those in which the metric existed
-
-
-@dataclass(frozen=True)
-class Difference(Estimate):
-    """Metric of b minus metric of a on all rows, and its 95 % interval."""
-
-    @property
-    def resolved(self) -> bool:
-        """Whether the interval excludes zero."""
-        return self.low > 0 or self.high < 0
-
-
 def bootstrap(
     users: ArrayLike, labels: ArrayLike, scores: ArrayLike,
     metric: Metric = "auc", replicates: int = 500, seed: int = 0,
 ) -> Estimate:  # fmt: skip
     """The metric averaged over seeds, with users and seeds redrawn; scores [S, n], or [n] for one seed."""
     sample = _Sample(users, labels)
-    return Estimate(*_replicate(sample.measure(scores, metric), sample.users, replicates, seed))
+    return Estimate.of(sample.measure(scores, metric), sample.users, replicates, seed)
 
 
 def paired_bootstrap(
@@ -280,13 +249,8 @@ def paired_bootstrap(
     a, b = sample.measure(scores_a, metric), sample.measure(scores_b, metric)
     if a.seeds != b.seeds:
         raise InputError(f"a has {a.seeds} seeds and b {b.seeds}: a paired comparison needs the same number")
-    change = _Measure(lambda counts, drawn: b.value(counts, drawn) - a.value(counts, drawn), a.seeds)
-    return Difference(*_replicate(change, sample.users, replicates, seed))
-
-
-class _Measure(NamedTuple):
-    value: Callable[[Array, Array], Array]  # (draws of each user [U], seeds [k]) -> metric [k]
-    seeds: int
+    change = Measure(lambda counts, drawn: b.value(counts, drawn) - a.value(counts, drawn), a.seeds)
+    return Difference.of(change, sample.users, replicates, seed)
 
 
 class _Sample:
@@ -294,20 +258,18 @@ class _Sample:
 
     def __init__(self, users: ArrayLike, labels: ArrayLike):
         self.clicked = _labels(labels)
-        self.owner, self.users = _dense(_users(users, len(self.clicked)))
-        if self.users < 2:
-            raise InputError("a bootstrap over users needs at least two users")
+        self.owner, self.users = owners(users, len(self.clicked))
 
     def per_user(self, values: Array | None = None) -> Array:
         return np.bincount(self.owner, values, minlength=self.users).astype(np.float64)
 
-    def measure(self, scores: ArrayLike, metric: Metric) -> _Measure:
+    def measure(self, scores: ArrayLike, metric: Metric) -> Measure:
         """All that does not depend on the draw, worked out once."""
         models = np.atleast_2d(np.asarray(scores))
         build = {"auc": self._auc, "uauc": self._uauc, "log_loss": self._loss, "ne": self._loss}
         if metric not in build:
             raise InputError(f"no metric {metric!r} to bootstrap: choose one of {', '.join(build)}")
-        return _Measure(build[metric](models, metric), len(models))
+        return Measure(build[metric](models, metric), len(models))
 
     def _auc(self, models: Array, metric: Metric):
         rankings = [_Ranking(self.clicked, _scores(model, len(self.clicked)), self.owner) for model in models]
@@ -334,19 +296,6 @@ class _Sample:
         return value
 
 
-def _replicate(measure: _Measure, users: int, replicates: int, seed: int) -> tuple[float, float, float, int]:
-    mean = float(measure.value(np.ones(users), np.arange(measure.seeds)).mean())
-    random = np.random.default_rng(seed)
-    values = np.empty(replicates)
-    for r in range(replicates):
-        counts = np.bincount(random.integers(users, size=users), minlength=users).astype(np.float64)
-        drawn, times = np.unique(random.integers(measure.seeds, size=measure.seeds), return_counts=True)
-        values[r] = measure.value(counts, drawn) @ times / measure.seeds
-    values = values[~np.isnan(values)]  # a draw without positives has no AUC
-    low, high = np.percentile(values, [2.5, 97.5]) if len(values) else (NAN, NAN)
-    return mean, float(low), float(high), len(values)
-
-
 def _probabilities(probabilities: ArrayLike, rows: int) -> Array:
     values = _scores(probabilities, rows)
     if rows and (values.min() < 0 or values.max() > 1):
@@ -367,7 +316,7 @@ def _labels(labels: ArrayLike) -> Array:
 
 
 def _scores(scores: ArrayLike, rows: int) -> Array:
-    values = _of_length(scores, rows, "scores")
+    values = one_per_row(scores, rows, "scores")
     if values.dtype.kind not in "iuf":
         raise InputError(f"scores are {values.dtype}: numbers are needed")
     if rows and np.isnan(values.min()):  # the minimum is NaN if any score is
@@ -376,21 +325,7 @@ def _scores(scores: ArrayLike, rows: int) -> Array:
 
 
 def _weights(weights: ArrayLike, rows: int) -> Array:
-    values = _of_length(weights, rows, "weights").astype(np.float64)
+    values = one_per_row(weights, rows, "weights").astype(np.float64)
     if not (values >= 0).all() or np.isinf(values).any():
         raise InputError("weights must be finite and not negative")
     return values
-
-
-def _users(users: ArrayLike, rows: int) -> Array:
-    values = _of_length(users, rows, "users")
-    if values.dtype.kind not in "iu" and rows:
-        raise InputError(f"users are {values.dtype}: integer ids are needed")
-    return values
-
-
-def _of_length(values: ArrayLike, rows: int, name: str) -> Array:
-    array = np.asarray(values)
-    if array.shape != (rows,):
-        raise InputError(f"{name} have shape {array.shape}, labels ({rows},): one of each per row is needed")
-    return array

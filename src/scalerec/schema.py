@@ -6,10 +6,12 @@ table has and where buckets lie is known only after `Encoder.fit` and lives in t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Annotated, Literal, Union
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from typing_extensions import Self
 
 Side = Literal["user", "item"]
 
@@ -18,6 +20,13 @@ class Frozen(BaseModel):
     """An immutable record that refuses unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with other values; what was worked out from the old ones and cached stays behind."""
+        copied = super().model_copy(update=update, deep=deep)
+        for name in set(copied.__dict__) - set(type(self).model_fields):
+            vars(copied).pop(name)
+        return copied
 
 
 class Categorical(Frozen):
@@ -151,16 +160,20 @@ class Schema(Frozen):
     new_events: str | None = None  # column: how many of a row's last past events are training targets too
     dim: PositiveInt = 16  # width of every embedding that names none
 
-    @property
+    @cached_property
     def features(self) -> tuple[Feature, ...]:
         return tuple(feature for group in self.groups for feature in group.features)
 
-    @property
+    @cached_property
     def sequences(self) -> tuple[Sequence, ...]:
         return tuple(feature for feature in self.features if isinstance(feature, Sequence))
 
+    @cached_property
+    def _by_name(self) -> dict[str, Feature]:
+        return {feature.name: feature for feature in self.features}
+
     def feature(self, name: str) -> Feature:
-        return next(feature for feature in self.features if feature.name == name)
+        return self._by_name[name]
 
     def input_columns(self) -> list[str]:
         """Columns that features read, each once, in order; these are all that a request has to bring."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scalerec.batch import Jagged
 from scalerec.errors import InputError
-from scalerec.metrics import Difference, _dense, _Measure, _replicate, _users
+from scalerec.intervals import Difference, Measure, owners
 
 PIECE = 2**21  # scores in memory at a time
 METRICS = (
@@ -99,13 +99,11 @@ def paired_bootstrap(
     a, b = (np.atleast_2d(of_rank(places, metric)) for places in (places_a, places_b))
     if a.shape != b.shape:
         raise InputError(f"ranks of a are {a.shape} and of b {b.shape}: the same requests and seeds are needed")
-    owner, count = _dense(_users(users, a.shape[1]))
-    if count < 2:
-        raise InputError("a bootstrap over users needs at least two users")
+    owner, count = owners(users, a.shape[1])
     rows = np.bincount(owner, minlength=count).astype(np.float64)
     changes = np.stack([np.bincount(owner, change, minlength=count) for change in b - a])  # [S, users]
-    measure = _Measure(lambda draws, seeds: (changes @ draws)[seeds] / (rows @ draws), len(changes))
-    return Difference(*_replicate(measure, count, replicates, seed))
+    measure = Measure(lambda draws, seeds: (changes @ draws)[seeds] / (rows @ draws), len(changes))
+    return Difference.of(measure, count, replicates, seed)
 
 
 def _places(places: ArrayLike | Tensor) -> np.ndarray:

@@ -100,6 +100,22 @@ def test_retrievers_are_compared_by_where_they_put_the_item(tmp_path: Path) -> N
     assert (tmp_path / "report.png").exists()
 
 
+def test_retrievers_of_different_events_are_refused(tmp_path: Path) -> None:
+    data = Sequences(of=LOG, max_len=20, protocol="public")
+    training = TrainingConfig(tensorboard=False, threads=1, select="last")
+    size: dict[str, int] = {"dim": 8, "qk_dim": 8, "v_dim": 8}
+    clicked, everything = HSTUConfig(positive="click", **size), SASRecConfig(dim=8)
+    ranker = HSTUConfig(goal="ranking", positive="click", **size)
+    named = {"clicked": clicked, "everything": everything, "ranker": ranker}
+    runs = {name: Run(name=name, data=data, model=config, training=training, dim=8) for name, config in named.items()}
+    expected = "everything is to retrieve all events and clicked those with 'click': give both the same"
+    with pytest.raises(InputError, match=expected) as raised:
+        compare([runs["ranker"], runs["clicked"], runs["everything"]], tmp_path)
+    assert "\n" not in str(raised.value) and not list(tmp_path.iterdir()), "refused before anything is trained"
+    found = compare([runs["ranker"], runs["everything"]], tmp_path, seeds=1, replicates=5)
+    assert [set(model["tasks"]) for model in found["models"]] == [{"click", "like"}, {"next"}]
+
+
 def test_a_ranker_without_tasks_is_refused() -> None:
     with pytest.raises(InputError, match="ranks by tasks"):
         DLRMMLPConfig().build(Layout(tables=(), groups=(), tasks=()))

@@ -45,7 +45,7 @@ def cut_by_hand(model: SequentialModel, of: Batch) -> list[tuple[list, list, flo
 
 @pytest.mark.parametrize("goal", ["ranking", "joint", "retrieval"])
 def test_each_target_has_what_was_before_it(goal: str) -> None:
-    model, whole = model_of(slow=True, goal=goal), examples()
+    model, whole = model_of(slow=True, goal=goal, actions="interleaved"), examples()
     each = impressions(model, whole)
     assert each.new_events is None and each.user.now is not None
     expected = cut_by_hand(model, whole)
@@ -61,3 +61,29 @@ def test_each_target_has_what_was_before_it(goal: str) -> None:
 def test_rows_alone_save_nothing() -> None:
     model = model_of(slow=True)
     assert session_cost(model, replace(examples(), new_events=None))["saving"] == 1
+
+
+@pytest.mark.parametrize(("options", "targets"), [
+    ({"goal": "ranking", "actions": "interleaved"}, 13),
+    ({"goal": "ranking", "actions": "additive"}, 4), ({"goal": "ranking", "actions": "none"}, 4),
+    ({"goal": "joint", "actions": "additive"}, 12),  # of the past only what is next, so not the first of a life
+    ({"goal": "joint", "actions": "interleaved", "variant": "production"}, 4),
+    ({"goal": "retrieval", "variant": "production"}, 3),
+], ids=str)  # fmt: skip
+def test_only_what_is_learned_from_is_a_target(options: dict, targets: int) -> None:
+    model, whole = model_of(slow=True, **options), examples()
+    assert len(impressions(model, whole)) == targets
+    terms = model.objective(whole)
+    assert max(term.weight for term in terms.values()) <= targets
+    if options["goal"] == "ranking":
+        assert terms["like"].weight == targets
+    if targets <= 4:
+        assert session_cost(model, whole)["saving"] <= 1
+
+
+def test_rows_that_share_a_user_are_counted_as_they_are_trained() -> None:
+    """Each with the history of its own, as `objective` takes them apart."""
+    model, whole = model_of(actions="interleaved"), batch([5, 3], [0, 0, 1], new=[2, 4, 1])
+    assert len(whole.user) == 2
+    assert session_cost(model, whole) == session_cost(model, whole.unshared())
+    assert session_cost(model, whole)["targets"] == 3 + 5 + 2

@@ -877,3 +877,9 @@ def test_a_broken_encoder_file_is_named(tmp_path):
     (tmp_path / "encoder.json").write_text("{")
     with pytest.raises(InputError, match=r"encoder\.json: not JSON"):
         Encoder.load(tmp_path)
+
+
+def test_a_copy_of_a_schema_works_its_features_out_anew():
+    assert WITH_ACTIONS.sequences is WITH_ACTIONS.sequences
+    less = WITH_ACTIONS.model_copy(update={"groups": WITH_ACTIONS.groups[:1]})
+    assert less.features == WITH_ACTIONS.groups[0].features != WITH_ACTIONS.features

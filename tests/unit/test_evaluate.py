@@ -8,6 +8,8 @@ import torch
 
 from scalerec import evaluate
 from scalerec.batch import Batch, Outputs, Rows
+from tests.unit import sequences
+from tests.unit.sequences import model_of
 
 
 def rows_of(side: str, count: int) -> Rows:
@@ -49,3 +51,26 @@ def test_small_arrays_are_not_kept(monkeypatch):
     whole = batch_of(1023)
     assert len(evaluate.predict(model, (whole.take(index) for index in torch.arange(1023).split(1))).index) == 1023
     assert max(held) == 10
+
+
+@pytest.mark.parametrize("goal", ["joint", "retrieval", "ranking"])
+def test_histories_are_encoded_once(goal: str, monkeypatch: pytest.MonkeyPatch):
+    """For logits and places alike, and both are what each alone would be."""
+    both = model_of(goal=goal)
+    batches = [sequences.batch([5, 3], [0, 1, 1], seed=0), sequences.batch([2, 7], seed=1)]
+    calls, encode = [], both.encode_user
+    with torch.no_grad():
+        logits = torch.cat([both(batch).logits for batch in batches])
+        states = [both.encode_user(both.embeddings(batch.user)[0]) for batch in batches]
+        if both.retrieves:
+            catalogue = both.catalogue()
+            places = torch.cat([both.places(state, batch, catalogue) for state, batch in zip(states, batches)])
+    monkeypatch.setattr(both, "encode_user", lambda user: calls.append(len(user.flat)) or encode(user))
+    found = evaluate.predict(both, batches)
+    assert calls == [2, 2]
+    assert found.probabilities.shape == ((5, 1) if both.ranks else (5, 0))
+    if both.ranks:
+        np.testing.assert_array_equal(found.probabilities, torch.sigmoid(logits).numpy())
+    assert found.places.shape == ((5, 1) if both.retrieves else (5, 0))
+    if both.retrieves:
+        np.testing.assert_array_equal(found.places[:, 0], places.numpy())

@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from scalerec.batch import Jagged
 from scalerec.errors import InputError
 from scalerec.features.layout import FeatureLayout, GroupLayout, Layout, Table
+from scalerec.layers.heads import Heads, ProductHeads
 from scalerec.models.hstu import HSTUConfig
 from scalerec.models.sasrec import SASRecConfig
 from scalerec.models.two_tower import TwoTowerConfig
 from scalerec.ops.candidate_attention import candidate_attention, candidate_attention_reference
+from tests.contract.contract import AttentionCounted
 from tests.unit.sequences import RESEARCH, alone, awake, batch, changed_event, jagged, layout, state_of
 
 VARIANTS = [
@@ -153,12 +156,15 @@ def test_the_next_content_is_foreseen_from_the_token_before_it():
     assert torch.equal(state.at_event[-1:], state.at_end)  # the slow token, which is what scoring reads
 
 
-@pytest.mark.parametrize(("goal", "actions"), [("ranking", "interleaved"), ("retrieval", "none")])
-def test_training_asks_what_scoring_answers(goal: Any, actions: Any):
+@pytest.mark.parametrize(
+    ("goal", "actions", "head"),
+    [("ranking", "interleaved", "mlp"), ("ranking", "interleaved", "product"), ("retrieval", "none", "auto")],
+)
+def test_training_asks_what_scoring_answers(goal: Any, actions: Any, head: Any):
     """A past target gets what a request at its time would: the history before it, cut out and scored as a row."""
     of = layout(context=True, slow=True)
     whole = batch([9], slow=[3], context=True, new=[9])
-    model = awake(HSTUConfig(goal=goal, actions=actions, **{**RESEARCH, "dim": 8}), of)
+    model = awake(HSTUConfig(goal=goal, actions=actions, head=head, **RESEARCH), of)
     state, user = state_of(model, whole), whole.user
     for event in range(1, 9):
         when = user.times["events"].values[event]
@@ -171,8 +177,8 @@ def test_training_asks_what_scoring_answers(goal: Any, actions: Any):
         ids = torch.cat([user.lists["events"].values[event], whole.items.ids[0, 1:]])[None]
         asked = replace(whole, user=past, items=replace(whole.items, ids=ids))
         if goal == "ranking":
-            assert model.heads is not None
-            found, expected = model.heads(state.hidden[state.event[event]])[None], model(asked).logits
+            found = model.logits(state.hidden[state.event[event : event + 1]], state.content[event : event + 1])
+            expected = model(asked).logits
         else:
             found, expected = state.at_event[event - 1 : event], state_of(model, asked).at_end
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -267,3 +273,43 @@ def test_candidate_attention_is_its_plain_twin(normalise: Any, users: int):
         torch.autograd.grad((found * weight).sum(), given), torch.autograd.grad((expected * weight).sum(), given)
     ):
         torch.testing.assert_close(one, other)
+
+
+def test_the_production_variant_multiplies_user_and_item():
+    """Its head unless another is asked for: Linear 512 -> x sigmoid(LN(x)) -> tasks of the product (spec C.4)."""
+    of, whole = layout(), batch([4, 0, 7], [0, 1, 2, 2])
+    default, production, plain = (
+        HSTUConfig(goal="ranking", **RESEARCH, **options)
+        for options in ({}, {"variant": "production"}, {"variant": "production", "head": "mlp"})
+    )
+    assert isinstance(awake(default, of).heads, Heads) and isinstance(awake(plain, of).heads, Heads)
+    model = awake(production, of)
+    heads = model.heads
+    assert isinstance(heads, ProductHeads) and heads.inner.out_features == 512
+    assert model.parts()["heads"] == 2 * 16 + 9 * 512 + 2 * 512 + 513
+    assert heads.macs == 9 * 512
+    state, (items,) = state_of(model, whole), model.embeddings(whole.items)
+    content = items.flat[:, :8]
+    h = heads.inner(heads.user(model.follow(state, content, whole.user_of_row)) * heads.item(content))
+    expected = heads.out(h * torch.sigmoid(heads.norm(h)))
+    torch.testing.assert_close(model(whole).logits, expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(whole).logits
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, expected, atol=0.05 * (1 + expected.abs().max().item()), rtol=0)
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(o.values()))
+def test_flops_are_those_of_a_training_step(options: dict):
+    """Heads at new events of the past too, where these are targets (forward, as torch counts)."""
+    whole = batch([9, 5, 0, 7], context=True, slow=[2, 0, 1, 3], new=[4, 5, 0, 2])
+    for head in ("mlp", "product"):
+        model = awake(HSTUConfig(goal="ranking", head=head, **RESEARCH, **options), layout(True, True))
+        kernel = AttentionCounted()
+        with FlopCounterMode(display=False) as counter, kernel, torch.no_grad():
+            terms = model.objective(whole)
+        assert model.flops(whole) == counter.get_total_flops() + kernel.flops
+        assert terms["like"].weight == (15 if model.ranks_past else 4)
+        assert model.flops(whole) - model.flops(replace(whole, new_events=None)) == (
+            2 * 11 * model.heads.macs if model.ranks_past else 0
+        )

@@ -6,7 +6,14 @@ from torch import nn
 
 from scalerec.config import override, parse
 from scalerec.errors import InputError
-from scalerec.training.optim import OptimizerConfig, RowAdamW, densify, load_state_tensors, state_tensors
+from scalerec.training.optim import (
+    OptimizerConfig,
+    RowAdamW,
+    densify,
+    load_state_tensors,
+    set_rates,
+    state_tensors,
+)
 
 ROWS, WIDTH = 11, 4
 KINDS = ["adagrad", "rowwise_adagrad", "adamw", "rowwise_adamw"]
@@ -262,3 +269,15 @@ def test_options():
     for bad in ({"embedding": "sgd"}, {"betas": [0.9]}, {"betas": [0.9, 1.0]}, {"embedding_weight_decay": -1}):
         with pytest.raises(InputError, match=next(iter(bad))):
             parse(OptimizerConfig, bad, "training.optimizer")
+
+
+def test_rates_fall_linearly_from_where_they_began():
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizers = [torch.optim.SGD([weight], 0.4), torch.optim.SGD([weight], 0.1)]
+    config = OptimizerConfig(decay=0.75)
+    for progress, expected in ((0.0, (0.4, 0.1)), (0.5, (0.25, 0.0625)), (1.0, (0.1, 0.025)), (1.2, (0.1, 0.025))):
+        set_rates(optimizers, config.factor(progress))
+        found = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+        assert found == pytest.approx(expected)
+    set_rates(optimizers, OptimizerConfig().factor(0.5))
+    assert optimizers[0].param_groups[0]["lr"] == 0.4

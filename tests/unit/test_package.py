@@ -57,6 +57,13 @@ def imports(source: str, package: str) -> bool:
     return any(module.partition(".")[0] == package for module in modules)
 
 
+def private_imports(source: str) -> list[str]:
+    """Names that a file keeps to itself and another one imports."""
+    imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
+    names = [(node.module, alias.name) for node in imports for alias in node.names]
+    return [f"{module}.{name}" for module, name in names if name.startswith("_") and not name.startswith("__")]
+
+
 def test_importing_has_no_side_effects(tmp_path):
     script = """
 import logging, os, sys, threading, warnings
@@ -103,6 +110,11 @@ def test_torchrec_stays_in_its_room(path):
         assert not imports(source, "fbgemm_gpu")
 
 
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_nothing_private_is_imported(path):
+    assert private_imports(path.read_text(encoding="utf-8")) == []
+
+
 def test_every_room_has_a_noun():
     assert [name_of(p) for p in ROOT.rglob("*") if p.stem in NAMELESS] == []
 
@@ -135,6 +147,11 @@ def test_unpickling_is_found(source):
 )
 def test_harmless_loading_is_not(source):
     assert unpickling(source) == []
+
+
+def test_a_private_import_is_found():
+    source = "from a import __version__\nfrom a.b import c, _d\ndef f():\n    from a._b import e"
+    assert private_imports(source) == ["a.b._d"]
 
 
 @pytest.mark.parametrize("source", ["import torchrec.distributed as d", "def f():\n    from torchrec.modules import x"])

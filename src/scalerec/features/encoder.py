@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from scalerec.errors import InputError
 from scalerec.features.hashing import hash_column, mix
 from scalerec.features.layout import FeatureLayout, GroupLayout, Layout, Table
 from scalerec.features.lists import last, lists
-from scalerec.features.numeric import NumericFit, NumericStatistics, bucket, numbers, seconds, standardise
+from scalerec.features.numeric import NumericFit, NumericStatistics, bucket, numbers, standardise, unix_seconds
 from scalerec.features.sharing import share
 from scalerec.features.vocabulary import HashVocabulary, ValueCounts, Vocabulary
 from scalerec.schema import Categorical, Cross, Feature, Frozen, MultiCategorical, Numeric, Schema, Sequence
@@ -95,12 +95,27 @@ class Encoder:
             new = torch.from_numpy(numbers(rows.column(self.schema.new_events), self.schema.new_events)[0]).long()
         return share(Batch(user, items, torch.arange(n), targets, weights, users, torch.from_numpy(index), new))
 
-    def _rows(self, rows: pa.RecordBatch, side: str, number: np.ndarray) -> Rows:
+    def encode_side(
+        self, rows: pa.RecordBatch, side: str, only: Collection[str] | None = None, where: str = "request"
+    ) -> Rows:
+        """One side of `rows` alone, or, with their columns in the layout's order, `only` some of its plain features.
+
+        Raises:
+            InputError: as `encode`, for the columns that these features read.
+        """
+        try:
+            return self._rows(rows, side, np.arange(rows.num_rows), only)
+        except (InputError, KeyError) as error:
+            raise InputError(f"{where}: {error}") from None
+
+    def _rows(self, rows: pa.RecordBatch, side: str, number: np.ndarray, only: Collection[str] | None = None) -> Rows:
         n = rows.num_rows
         ids, values = [], []
         multi: dict[str, Jagged] = {}
         actions: dict[str, Jagged] = {}
         for feature in (f for group in self.schema.groups if group.side == side for f in group.features):
+            if only is not None and feature.name not in only:
+                continue
             if isinstance(feature, Sequence):
                 columns, lengths = _past(feature, rows, number)
                 multi[feature.name] = Jagged.from_lengths(self._past_ids(feature, columns), lengths)
@@ -128,7 +143,7 @@ class Encoder:
                     values.append(standardise(raw, fit, feature.log))
             else:
                 ids.append(self._ids(feature, rows.column(feature.column or feature.name)))
-        times, now = self._times(rows, number) if side == "user" else ({}, None)
+        times, now = self._times(rows, number) if side == "user" and only is None else ({}, None)
         return Rows(
             side,
             torch.from_numpy(np.stack(ids, 1) if ids else np.zeros((n, 0), np.int64)),
@@ -162,11 +177,7 @@ class Encoder:
 
     def _seconds(self, column: pa.Array, name: str) -> torch.Tensor:
         """A time column in seconds [n] float64."""
-        moments = seconds(column)
-        found, _ = numbers(moments, name)
-        if np.isnan(found).any():
-            raise InputError(f"column {name!r}: {int(np.isnan(found).sum())} entries without a time: fill or drop them")
-        return torch.from_numpy(found * (self.schema.time_unit if moments is column else 1.0))
+        return torch.from_numpy(unix_seconds(column, name, self.schema.time_unit))
 
     def _ids(self, feature: Categorical | MultiCategorical, column: pa.Array) -> np.ndarray:
         vocabulary = self._vocabulary(feature)

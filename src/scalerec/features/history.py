@@ -19,6 +19,7 @@ from scalerec.schema import Categorical, Schema, Sequence
 
 Event = tuple[Any, ...]  # one value for each field of the sequence, then the time and the actions that it keeps
 State = Mapping[str, tuple[Event, ...]]  # by the name of the sequence; never changed in place
+Past = Mapping[str, tuple[tuple[Any, Event], ...]]  # every event with its time (None: the first)
 
 
 def append(state: State, event: Mapping[str, Any], schema: Schema) -> State:
@@ -29,21 +30,57 @@ def append(state: State, event: Mapping[str, Any], schema: Schema) -> State:
     only, not the last one's); other ids may be null. An action is null where no task counts the event.
     """
     after = dict(state)
-    for sequence in schema.sequences:
-        if sequence.where and not event.get(sequence.where):
-            continue
-        columns = _event_columns(sequence, schema)
-        counting = [column for label in sequence.actions for column in (label, *schema.counting_columns(label))]
-        absent = next((column for column in (*columns, *counting) if column not in event), None)
-        if absent is not None:
-            raise InputError(f"event: no {absent!r}, which sequence {sequence.name!r} needs: add it (null if unknown)")
-        counted = [_counted(label, schema, lambda name: pa.array([event[name]])) for label in sequence.actions]
-        actions = [event[label] if known else None for label, known in zip(sequence.actions, counted)]
-        entry = (*(event[column] for column in columns), *actions)
+    for sequence, entry in _entries(event, schema):
         past = after.get(sequence.name, ())
-        if entry[0] is not None and not (sequence.runs and past and past[-1][0] == entry[0]):
+        if not (sequence.runs and past and past[-1][0] == entry[0]):
             after[sequence.name] = (*past, entry)[-sequence.max_len :]
     return after
+
+
+def insert(past: Past, event: Mapping[str, Any], schema: Schema, spare: int) -> Past:
+    """The past after one event that may come late: it stands behind all that are not later than itself.
+
+    A past holds more events than a state, so that `until` can leave out those of the latest time: all of these (up to
+    a thousand), at least `spare`. Of a series of runs it also holds the last `spare` events that repeat an id, since
+    what comes late may part them.
+    """
+    after = dict(past)
+    time = event[schema.time] if schema.time else None
+    for sequence, entry in _entries(event, schema):
+        events = list(after.get(sequence.name, ()))
+        place = len(events)
+        while place and time is not None and events[place - 1][0] is not None and events[place - 1][0] > time:
+            place -= 1
+        events.insert(place, (time, entry))
+        if sequence.runs:
+            ids = [entry[0] for _, entry in events]
+            settled = len(events) - spare
+            events = [e for i, e in enumerate(events) if not 0 < i < settled or ids[i] != ids[i - 1]]
+        latest = 0 if time is None else sum(other == events[-1][0] for other, _ in events[-1000:])
+        after[sequence.name] = tuple(events[-(sequence.max_len + max(spare, latest)) :])
+    return after
+
+
+def until(past: Past, schema: Schema, before: Any = None) -> State:
+    """The state that `append` gives for the events of a past in order; only for those earlier than `before`."""
+    state = {}
+    for sequence in schema.sequences:
+        kept = past.get(sequence.name, ())
+        entries = [entry for time, entry in kept if before is None or time is None or time < before]
+        if sequence.runs:
+            entries = [entry for i, entry in enumerate(entries) if not i or entry[0] != entries[i - 1][0]]
+        if entries:
+            state[sequence.name] = tuple(entries[-sequence.max_len :])
+    return state
+
+
+def columns(schema: Schema) -> list[str]:
+    """The columns of the log that an event must bring for the schema's sequences."""
+    needed: list[str] = []
+    for sequence in schema.sequences:
+        needed += [*([sequence.where] if sequence.where else []), *entry_columns(sequence, schema)]
+        needed += [column for label in sequence.actions for column in schema.counting_columns(label)]
+    return list(dict.fromkeys([*needed, *([schema.time] if needed and schema.time else [])]))
 
 
 def as_columns(state: State, schema: Schema) -> dict[str, list[Any]]:
@@ -162,6 +199,27 @@ class _Past:
             column: pa.ListArray.from_arrays(limits, values.take(pa.array(seen)))
             for column, values in zip(self.columns, self.values)
         }
+
+
+def entry_columns(sequence: Sequence, schema: Schema) -> list[str]:
+    """The columns of the log whose values make an entry, in its order."""
+    return [*_event_columns(sequence, schema), *sequence.actions]
+
+
+def _entries(event: Mapping[str, Any], schema: Schema) -> Iterator[tuple[Sequence, Event]]:
+    """The sequences that keep an event, each with what it keeps of it."""
+    for sequence in schema.sequences:
+        if sequence.where and not event.get(sequence.where):
+            continue
+        columns = _event_columns(sequence, schema)
+        counting = [column for label in sequence.actions for column in (label, *schema.counting_columns(label))]
+        absent = next((column for column in (*columns, *counting) if column not in event), None)
+        if absent is not None:
+            raise InputError(f"event: no {absent!r}, which sequence {sequence.name!r} needs: add it (null if unknown)")
+        if event[columns[0]] is not None:
+            counted = [_counted(label, schema, lambda name: pa.array([event[name]])) for label in sequence.actions]
+            actions = [event[label] if known else None for label, known in zip(sequence.actions, counted)]
+            yield sequence, (*(event[column] for column in columns), *actions)
 
 
 def _event_columns(sequence: Sequence, schema: Schema) -> list[str]:

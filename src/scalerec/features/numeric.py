@@ -48,6 +48,20 @@ def seconds(column: pa.Array) -> pa.Array:
     return pc.divide(column.cast(pa.timestamp("us"), safe=False).cast(pa.int64()).cast(pa.float64(), safe=False), 1e6)
 
 
+def unix_seconds(column: pa.Array, name: str, unit: float) -> np.ndarray:
+    """A time column in seconds [n] float64: timestamps and dates since 1970, numbers times their `unit`.
+
+    Raises:
+        InputError: an entry without a time.
+    """
+    moments = seconds(column)
+    found, _ = numbers(moments, name)
+    missing = int(np.isnan(found).sum())
+    if missing:
+        raise InputError(f"column {name!r}: {missing} entries without a time: fill or drop them")
+    return found * (unit if moments is column else 1.0)
+
+
 def transform(values: np.ndarray, log: bool) -> np.ndarray:
     return np.sign(values) * np.log1p(np.abs(values)) if log else values
 

@@ -104,7 +104,7 @@ def forward_delta(model: HSTU, kept: Kept | None, user: Rows) -> Delta:
     at_end = hidden[-1:] if len(hidden) else hidden.new_zeros(1, hidden.shape[1])
     state = State(
         hidden[tokens.after], at_end, keys, values, tokens.offsets, tokens.times, asked.now, hidden,
-        tokens.event,
+        tokens.event, tokens.vectors[tokens.event],
     )  # fmt: skip
     keep = Kept(keys, values, hidden, asked.told_by, _own(tokens.times), asked.upcoming, asked.features)
     return Delta(state, keep, reused, outcome)
@@ -134,7 +134,7 @@ def _read(model: HSTU, user: Rows) -> _Asked:
 def _told_by(model: HSTU, user: Rows) -> Tensor:
     """[T, W] what tells a token from any other, in the order of `Tokens.origin`; a prefix token only by its number."""
     main, acted = model.series.name, model.action is not None
-    series = [main] * (2 if acted and main in user.actions and model.config.actions == "interleaved" else 1)
+    series = [main] * (2 if acted and main in user.actions and model.interleaved else 1)
     rows = []
     for kind, name in enumerate([*series, *(slow.name for slow in model.auxiliary)]):
         ids = user.lists[name].values

@@ -79,6 +79,10 @@ class HistoryCache:
 
     def state(self, user_key: Hashable, user: Rows) -> State:
         """What `encode_user` gives for the user's row (U = 1), to 1e-5; read it, do not write to it."""
+        return self.state_and_outcome(user_key, user)[0]
+
+    def state_and_outcome(self, user_key: Hashable, user: Rows) -> tuple[State, str]:
+        """The state, and the counter of `Counts` that this request raised."""
         with self._lock:
             model, identity = self._serving
             entry = self._entries.get(user_key)
@@ -88,7 +92,7 @@ class HistoryCache:
         with self._lock:
             self._put(user_key, _Entry(identity, delta.kept))
             self._count(COUNTED[outcome], delta)
-        return delta.state
+        return delta.state, COUNTED[outcome]
 
     def forget(self, user_key: Hashable) -> None:
         """Keep nothing of a user."""

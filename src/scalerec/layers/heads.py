@@ -35,3 +35,27 @@ class Heads(nn.Module):
     def macs(self) -> int:
         """Multiply-accumulates of matrix products per row."""
         return self.width * self.tasks * (1 if self.kind == "linear" else self.hidden)
+
+
+class ProductHeads(nn.Module):
+    """User and item [B, width] -> [B, tasks]: LN(user) * LN(item) -> Linear(hidden) -> x sigmoid(LN(x)) -> Linear.
+
+    The head of Meta's production code of HSTU (spec C.4); all tasks share the hidden layer.
+    """
+
+    def __init__(self, width: int, tasks: int, hidden: int = 512):
+        super().__init__()
+        self.user, self.item, self.norm = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(hidden)
+        self.inner, self.out = nn.Linear(width, hidden), nn.Linear(hidden, tasks)
+        for layer in (self.inner, self.out):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, user: Tensor, item: Tensor) -> Tensor:
+        h = self.inner(self.user(user) * self.item(item))
+        return self.out(h * torch.sigmoid(self.norm(h))).float()
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of matrix products per row."""
+        return self.inner.weight.numel() + self.out.weight.numel()

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from scalerec.layers.dropout import Dropout
+
 TIME_BUCKETS = 129
 
 
@@ -26,7 +28,7 @@ class HSTULayer(nn.Module):
         self.norm = nn.LayerNorm(d, eps=1e-6, elementwise_affine=production)
         self.out_norm = nn.LayerNorm(h * v, eps=1e-6, elementwise_affine=production)
         self.out = nn.Linear(h * v * (3 if production else 1), d)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         if production:
             nn.init.xavier_uniform_(self.weight)
         else:

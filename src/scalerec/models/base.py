@@ -95,6 +95,14 @@ class Model(nn.Module):
     def after_step(self) -> None:
         """Called after each optimiser step, for models that move controllers of their own."""
 
+    def diagnostics(self) -> dict[str, Any]:
+        """What the log shows of the last training step beside the loss: numbers, or nested lists of them."""
+        return {}
+
+    def adopt(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of a checkpoint as this model's, for a warm start; InputError says why they cannot be."""
+        return weights
+
     def dense_parameters(self) -> list[nn.Parameter]:
         sparse = {id(parameter) for parameter in self.embeddings.sparse_parameters()}
         return [parameter for parameter in self.parameters() if id(parameter) not in sparse]

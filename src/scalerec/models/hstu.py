@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from scalerec.batch import Batch, Outputs
 from scalerec.features.layout import FeatureLayout, Layout
+from scalerec.layers.dropout import Dropout
 from scalerec.layers.embedding import Embedded
-from scalerec.layers.heads import HeadKind, Heads
+from scalerec.layers.heads import Heads, ProductHeads
 from scalerec.layers.hstu import TIME_BUCKETS, HSTULayer
 from scalerec.losses import Term, binary_cross_entropy
 from scalerec.models.base import columns_of, count
@@ -48,8 +49,8 @@ class HSTUConfig(SequentialConfig):
     time_bias: bool = True
     time_log_base: PositiveFloat = 0.301  # the published code divides natural logarithms by log10(2)
     slack: PositiveInt = 11  # tokens that N has beyond the longest history
-    head: HeadKind = "mlp"
-    head_hidden: PositiveInt = 128
+    head: Literal["auto", "linear", "mlp", "product"] = "auto"  # auto: as the variant, product in production, else mlp
+    head_hidden: NonNegativeInt = 0  # 0: 512 of the product, else 128
     recompute: Literal["none", "linear", "layer"] = "none"  # in the backward pass: all but attention, or whole layers
     micro_batch: PositiveInt = 1024  # candidates scored together over one cached history
 
@@ -95,6 +96,7 @@ class State(Encoded):
     now: Tensor  # [U] float64 seconds, the time of the request
     hidden: Tensor  # [T, D] after the last layer
     event: Tensor  # [E]
+    content: Tensor  # [E, D] what each event entered as
 
 
 class Across(NamedTuple):
@@ -128,20 +130,23 @@ class HSTU(SequentialModel):
         self.of_auxiliary = nn.ModuleDict({s.name: nn.Linear(s.width, d) for s in self.auxiliary})
         self.context: list[FeatureLayout] = user.flat if config.context else []
         self.of_context = nn.ModuleDict({f.name: nn.Linear(f.width, d) for f in self.context})
-        each = 2 if self.action is not None and config.actions == "interleaved" else 1
+        self.interleaved = self.action is not None and config.actions == "interleaved"
+        # An additive token holds its own action: only rows can be asked. In production see `new_events`.
+        self.ranks_past = self.ranks and self.interleaved and not production
+        each = 2 if self.interleaved else 1
         slow = sum(series.max_len for series in self.auxiliary)
         self.longest = len(self.context) + each * self.series.max_len + slow + config.slack  # N
         self.place = nn.Parameter(torch.empty(POSITIONS if production else self.longest, d))
         nn.init.trunc_normal_(self.place, std=d**-0.5, a=-2 * d**-0.5, b=2 * d**-0.5)
         self.age = nn.Parameter(d**-0.5 * torch.randn(AGES, d)) if production and self.series.time else None
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.layers = nn.ModuleList(
             HSTULayer(
                 d, config.num_heads, config.qk_dim, config.v_dim, longest=self.longest, dropout=config.dropout,
                 production=production, position_bias=config.position_bias, time_bias=config.time_bias,
             ) for _ in range(config.num_layers)
         )  # fmt: skip
-        self.heads = Heads(d, len(layout.tasks), config.head, config.head_hidden) if self.ranks else None
+        self.heads = self._heads() if self.ranks else None
         self.timed = self.series.time and config.time_bias and not production
         softmax = config.attention == "softmax"
         self.alpha = config.qk_dim**-0.5 if softmax or production else 1.0
@@ -175,7 +180,10 @@ class HSTU(SequentialModel):
             keys.append(k)
             values.append(v)
         at_end = x.new_zeros(len(now), x.shape[1]).index_copy(0, has, x[ends])
-        return State(x[tokens.after], at_end, keys, values, tokens.offsets, tokens.times, now, x, tokens.event)
+        return State(
+            x[tokens.after], at_end, keys, values, tokens.offsets, tokens.times, now, x, tokens.event,
+            tokens.vectors[tokens.event],
+        )  # fmt: skip
 
     def through(self, layer: HSTULayer, x: Tensor, across: Across) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, D] through one layer, with its keys and values."""
@@ -258,6 +266,13 @@ class HSTU(SequentialModel):
         after[events.offsets[1:][has] - 1] = tokens.offsets[1:][has] - 1
         return Tokens(tokens.vectors, tokens.offsets, tokens.user, times, event, after, tokens.order)
 
+    def _heads(self) -> Heads | ProductHeads:
+        config, tasks = self.config, len(self.layout.tasks)
+        kind = config.head if config.head != "auto" else "product" if config.variant == "production" else "mlp"
+        if kind == "product":
+            return ProductHeads(config.dim, tasks, config.head_hidden or 512)
+        return Heads(config.dim, tasks, kind, config.head_hidden or 128)
+
     def new_events(self, batch: Batch) -> Tensor:
         """None in the production variant: places and ages there are relative to the one request."""
         found = super().new_events(batch)
@@ -277,17 +292,22 @@ class HSTU(SequentialModel):
         if self.heads is None:
             return super().score(state, items, user_of_row)
         step = self.config.micro_batch if len(state.now) == 1 else max(len(user_of_row), 1)
-        parts = [
-            self.heads(self.follow(state, items.flat[first : first + step], user_of_row[first : first + step]))
-            for first in range(0, max(len(user_of_row), 1), step)
-        ]
+        parts = []
+        for first in range(0, max(len(user_of_row), 1), step):
+            flat = items.flat[first : first + step]
+            content = self.content(torch.cat([flat[:, columns] for columns in self.query_columns], 1))
+            x = self.follow(state, content, user_of_row[first : first + step])
+            parts.append(self.logits(x, content))
         return Outputs(torch.cat(parts))
 
-    def follow(self, state: State, items: Tensor, user_of_row: Tensor) -> Tensor:
-        """Candidates' flat features [B, W] through all layers over the cached histories -> [B, D]."""
-        x = self.content(torch.cat([items[:, columns] for columns in self.query_columns], 1))
-        if self.to_come is not None:
-            x = x + self.to_come
+    def logits(self, x: Tensor, content: Tensor) -> Tensor:
+        """[n, tasks] of tokens [n, D] after the last layer and the content [n, D] that each of them is."""
+        assert self.heads is not None
+        return self.heads(x, content) if isinstance(self.heads, ProductHeads) else self.heads(x)
+
+    def follow(self, state: State, content: Tensor, user_of_row: Tensor) -> Tensor:
+        """Candidates [B, D] through all layers over the cached histories -> [B, D]."""
+        x = content if self.to_come is None else content + self.to_come
         lengths = state.offsets.diff()
         now = state.now[user_of_row]
         place = torch.zeros_like(user_of_row) if self.config.variant == "production" else lengths[user_of_row]
@@ -316,11 +336,10 @@ class HSTU(SequentialModel):
     def ranking_terms(self, state: State, items: Embedded, batch: Batch) -> dict[str, Term]:
         """Cross entropy of every task at the rows and, interleaved, at every new event of their past."""
         terms = self.loss(self.score(state, items, batch.user_of_row), batch)
-        if self.action is None or self.config.actions != "interleaved":
-            return terms  # an additive token holds its own action: only rows can be asked
-        assert self.heads is not None
+        if not self.ranks_past:
+            return terms
         at = self.new_events(batch).nonzero()[:, 0]
-        logits = self.heads(state.hidden[state.event[at]])
+        logits = self.logits(state.hidden[state.event[at]], state.content[at])
         labels = batch.user.actions[self.series.name].values[at]
         for j, task in enumerate(self.layout.tasks):
             if task in self.series.actions:
@@ -330,11 +349,14 @@ class HSTU(SequentialModel):
         return terms
 
     def flops(self, batch: Batch) -> int:
-        """A token and layer: two linear maps; a pair of tokens that see each other: H (K + V), as each candidate's."""
+        """A token and layer: two linear maps; a pair of tokens that see each other: H (K + V), as each candidate's.
+
+        Heads work at every row and, in training, at every new event whose labels are a target.
+        """
         config, user = self.config, batch.user
         lengths = user.lists[self.series.name].lengths
         events = int(lengths.sum())
-        tokens = lengths * (2 if self.action is not None and config.actions == "interleaved" else 1)
+        tokens = lengths * (2 if self.interleaved else 1)
         tokens = tokens + len(self.context)
         macs = len(lengths) * sum(feature.width for feature in self.context) * config.dim
         content = self.content.weight.numel() if isinstance(self.content, nn.Linear) else 0
@@ -352,7 +374,8 @@ class HSTU(SequentialModel):
         if self.heads is not None:
             rows = len(batch)
             offsets = torch.cat([tokens.new_zeros(1), tokens.cumsum(0)])
-            macs += rows * (content + self.heads.macs + config.num_layers * linear)
+            asked = rows + (int(self.new_events(batch.unshared()).sum()) if self.ranks_past else 0)
+            macs += asked * self.heads.macs + rows * (content + config.num_layers * linear)
             macs += config.num_layers * pair * candidate_pairs(offsets, batch.user_of_row)
         return 2 * macs
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from scalerec.batch import Batch
 from scalerec.errors import InputError
 from scalerec.features.layout import Layout
+from scalerec.layers.dropout import Dropout
 from scalerec.layers.embedding import Embedded
 from scalerec.models.base import count
 from scalerec.models.sequential import Encoded, SequentialConfig, SequentialModel, start_items
@@ -39,11 +40,11 @@ class SASRecBlock(nn.Module):
     def __init__(self, config: SASRecConfig):
         super().__init__()
         d, hidden = config.dim, config.ffn_dim or config.dim
-        self.heads, self.rate = config.num_heads, config.dropout
+        self.heads = config.num_heads
         self.norm = nn.LayerNorm(d, eps=1e-8, elementwise_affine=False)
         self.query, self.key_value, self.out = nn.Linear(d, d), nn.Linear(d, 2 * d), nn.Linear(d, d)
         self.up, self.down = nn.Linear(d, hidden), nn.Linear(hidden, d)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         for layer in (self.query, self.key_value, self.out, self.up, self.down):
             nn.init.zeros_(layer.bias)
             for weight in layer.weight.chunk(2 if layer is self.key_value else 1):  # keys and values have fans each
@@ -55,10 +56,19 @@ class SASRecBlock(nn.Module):
             y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for y in (self.query(norm), *self.key_value(x).chunk(2, -1))
         )
-        # Histories are padded at the end, so a causal mask alone keeps padding out of sight.
-        a = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.rate if self.training else 0.0)
+        a = self.attend(q, k, v)
         z = self.norm(norm + self.out(a.transpose(1, 2).flatten(2)))
         return z + self.dropout(self.down(self.dropout(F.relu(self.up(z)))))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[U, H, L, D / H], as each argument; padding is at the end, so a causal mask alone keeps it out of sight."""
+        rate = self.dropout.p if self.training else 0.0
+        if not rate or q.device.type != "cpu":
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=rate)
+        # With dropout torch has no kernel of its own on a CPU: these are its steps, with a faster dropout.
+        later = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool).triu_(1)
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        return self.dropout(scores.masked_fill_(later, -torch.inf).softmax(-1)) @ v
 
 
 class SASRec(SequentialModel):
@@ -71,7 +81,7 @@ class SASRec(SequentialModel):
         self.place = nn.Parameter(torch.empty(self.series.max_len + config.slack, config.dim))
         std = config.dim**-0.5
         nn.init.trunc_normal_(self.place, std=std, a=-2 * std, b=2 * std)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(SASRecBlock(config) for _ in range(config.num_layers))
         start_items(self.embeddings, self.item_table.name)
 

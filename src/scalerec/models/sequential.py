@@ -89,6 +89,7 @@ class SequentialModel(Model):
     """
 
     exports: bool = False  # how many tokens there are depends on the data
+    ranks_past: bool = False  # the labels of new events of the past are targets too
 
     def __init__(self, config: SequentialConfig, layout: Layout):
         self.ranks, self.retrieves = config.ranks, config.retrieves
@@ -130,7 +131,7 @@ class SequentialModel(Model):
 
     def score(self, state: Encoded, items: Embedded, user_of_row: Tensor) -> Outputs:
         """The cosine with the user's vector over the temperature, for every task."""
-        users = F.normalize(state.at_end, dim=-1, eps=1e-6)[user_of_row]
+        users = self.directions(state)[user_of_row]
         vectors = F.normalize(items.flat[:, self.query_columns[0]], dim=-1, eps=1e-6)
         logits = (users * vectors).sum(-1, keepdim=True) / self.config.temperature
         return Outputs(logits.float().expand(-1, len(self.layout.tasks)))
@@ -187,7 +188,7 @@ class SequentialModel(Model):
     def new_events(self, batch: Batch) -> Tensor:
         """[E] bool, whether each past event is a target of this example; U = B, user by user."""
         past = batch.user.lists[self.series.name]
-        if batch.new_events is None:
+        if batch.new_events is None or not (self.retrieves or self.ranks_past):
             return torch.zeros(len(past.values), dtype=torch.bool, device=past.values.device)
         place = torch.arange(len(past.values), device=past.values.device)
         to_end = torch.repeat_interleave(past.offsets[1:], past.lengths) - place
@@ -208,12 +209,25 @@ class SequentialModel(Model):
         """[V] every real id of the item table."""
         return torch.arange(FIRST_ID, self.item_table.rows, device=device)
 
+    def logits_and_places(self, batch: Batch, catalogue: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, tasks], [B, 0] of a model that does not rank, and `places` [B], histories encoded once."""
+        if self.ranks:
+            user, items = self.embeddings(batch.user, batch.items)
+            state = self.encode_user(user)
+            return self.score(state, items, batch.user_of_row).logits, self.places(state, batch, catalogue)
+        (user,) = self.embeddings(batch.user)
+        return batch.labels.new_zeros(len(batch), 0), self.places(self.encode_user(user), batch, catalogue)
+
     def queries(self, batch: Batch) -> Tensor:
         """[B, D] the unit vector of each row's user."""
         (user,) = self.embeddings(batch.user)
-        return F.normalize(self.encode_user(user).at_end, dim=-1, eps=1e-6)[batch.user_of_row]
+        return self.directions(self.encode_user(user))[batch.user_of_row]
 
-    def places(self, batch: Batch, catalogue: Tensor) -> Tensor:
+    def directions(self, state: Encoded) -> Tensor:
+        """[U, D] the unit vector of each user."""
+        return F.normalize(state.at_end, dim=-1, eps=1e-6)
+
+    def places(self, state: Encoded, batch: Batch, catalogue: Tensor) -> Tensor:
         """[B] float64, the place of each row's item among all that its user has not had (spec C.7).
 
         Infinite for an item that is not in the catalogue; NaN for a row without the label `positive`.
@@ -221,7 +235,7 @@ class SequentialModel(Model):
         past = batch.user.lists[self.series.name].take(batch.user_of_row)
         excluded = Jagged(past.values[:, 0] - FIRST_ID, past.offsets)
         target = (batch.items.ids[:, self.item_column] - FIRST_ID).clamp(min=-1)
-        found = product_ranks(self.queries(batch), catalogue, target, excluded)
+        found = product_ranks(self.directions(state)[batch.user_of_row], catalogue, target, excluded)
         if self.config.positive:
             j = self.layout.tasks.index(self.config.positive)
             found[(batch.labels[:, j] == 0) | (batch.weights[:, j] == 0)] = torch.nan

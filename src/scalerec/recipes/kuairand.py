@@ -5,8 +5,11 @@ Each family has equal dense parameters: 0.77 M without, 0.86 M with the statisti
 
 from __future__ import annotations
 
+from typing import Any
+
 from scalerec.data.sources.kuairand import KuaiRand
 from scalerec.data.sources.sequences import Sequences
+from scalerec.layers.experts import ExpertsConfig
 from scalerec.models.base import ModelConfig
 from scalerec.models.dcnv2 import DCNv2Config
 from scalerec.models.dlrm_mlp import DLRMMLPConfig
@@ -27,6 +30,29 @@ def _run(name: str, model: ModelConfig, statistics: bool = False) -> Run:
 
 def rankmixer_kuairand() -> Run:
     return _run("rankmixer_kuairand", RANKMIXER)
+
+
+def rankmixer_wide_kuairand() -> Run:
+    """As wide as all experts of `rankmixer_moe_kuairand`, none of them skipped."""
+    return _run("rankmixer_wide_kuairand", RANKMIXER.model_copy(update={"ffn_dim": 8 * RANKMIXER.ffn_dim}))
+
+
+def _experts(name: str, **options: Any) -> Run:
+    """Eight experts for each FFN, one of them active: the work of `rankmixer_kuairand` and routers."""
+    return _run(name, RANKMIXER.model_copy(update={"experts": ExpertsConfig(count=8, active=1 / 8, **options)}))
+
+
+def rankmixer_moe_kuairand() -> Run:
+    return _experts("rankmixer_moe_kuairand")
+
+
+def rankmixer_moe_top_k_kuairand() -> Run:
+    return _experts("rankmixer_moe_top_k_kuairand", routing="top_k", dtsi="off")
+
+
+def rankmixer_moe_balanced_kuairand() -> Run:
+    """The largest of a softmax with the load-balance loss."""
+    return _experts("rankmixer_moe_balanced_kuairand", routing="top_k", dtsi="off", balance=0.01)
 
 
 def dcnv2_kuairand() -> Run:
@@ -55,7 +81,7 @@ def hstu_kuairand() -> Run:
     data = Sequences(of=KuaiRand(), max_len=100, fields=fields, auxiliary=("tab",))
     model = HSTUConfig(
         goal="ranking", dim=64, num_layers=3, num_heads=2, qk_dim=32, v_dim=32, actions="interleaved", context=False,
-        dropout=0.1, head="mlp",
+        dropout=0.1,
     )  # fmt: skip
     optimizer = OptimizerConfig(dense="adamw", lr=1e-3, embedding_lr=0.02)
     training = TrainingConfig(epochs=1, batch_size=64, window_rows=16_384, optimizer=optimizer)

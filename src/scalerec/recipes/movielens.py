@@ -54,10 +54,18 @@ def dcnv2_movielens_1m() -> Run:
     return _run("dcnv2_movielens_1m", MovieLens1M(), _dcnv2())
 
 
+def hstu_ranking_movielens_100k() -> Run:
+    return _hstu("hstu_ranking_movielens_100k", MovieLens100K())
+
+
 def hstu_ranking_movielens_1m() -> Run:
+    return _hstu("hstu_ranking_movielens_1m", MovieLens1M())
+
+
+def _hstu(name: str, log: Source) -> Run:
     fields, context = ("year", "genre_set"), ("age", "gender", "occupation")
-    data = Sequences(of=MovieLens1M(), max_len=100, session_events=100, fields=fields, context=context)
+    data = Sequences(of=log, max_len=100, session_events=100, fields=fields, context=context)
     model = HSTUConfig(
         goal="ranking", dim=64, num_layers=3, num_heads=2, qk_dim=32, v_dim=32, actions="interleaved", dropout=0.1
     )
-    return _run("hstu_ranking_movielens_1m", data, model, batch_size=64, window_rows=16_384)
+    return _run(name, data, model, batch_size=64, window_rows=16_384)

@@ -20,6 +20,7 @@ from scalerec.config import override
 from scalerec.data.reader import ParquetRows
 from scalerec.errors import InputError
 from scalerec.evaluate import NEXT, Predictions
+from scalerec.models.sequential import SequentialConfig
 from scalerec.studies import reference, report
 from scalerec.training.run import Run
 from scalerec.training.train import check_same, train
@@ -37,13 +38,14 @@ def compare(
     Writes `report.md`, `report.json` and `report.png` into `out` and returns what the JSON holds.
 
     Raises:
-        InputError: the runs are not evaluated on the same rows, a folder holds another run, or a reference is asked
-            for on a log without tasks.
+        InputError: the runs are not evaluated on the same rows or are to retrieve different events, a folder holds
+            another run, or a reference is asked for on a log without tasks.
     """
     first = runs[0]
     for run in runs[1:]:
         if run.data.paired_with() != first.data.paired_with() or run.dim != first.dim:
             raise InputError(f"{run.name} and {first.name} read different data: compare recipes of one data set")
+    _same_positive(runs)
     names = [run.name for run in runs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
@@ -92,6 +94,18 @@ def compare(
     }  # fmt: skip
     report.write(comparison, out)
     return comparison
+
+
+def _same_positive(runs: list[Run]) -> None:
+    """InputError unless all that retrieve are asked for the same events."""
+    asked = [(run.name, run.model.positive) for run in runs if isinstance(run.model, SequentialConfig)
+             if run.model.retrieves]  # fmt: skip
+    for name, positive in asked:
+        if positive != asked[0][1]:
+            one, other = (f"those with {task!r}" if task else "all events" for task in (positive, asked[0][1]))
+            raise InputError(
+                f"{name} is to retrieve {one} and {asked[0][0]} {other}: give both the same --model.positive"
+            )
 
 
 def _train(run: Run, seed: int, folder: Path, workers: int, console: Console) -> None:

@@ -48,6 +48,7 @@ def spread(rows: ParquetRows, encoder: Encoder) -> Batch:
 
 def session_cost(model: SequentialModel, batch: Batch) -> dict[str, float]:
     """What one example for many targets saves against an example for each of them (spec C.10), in forward FLOPs."""
+    batch = batch.unshared()
     each = impressions(model, batch)
     together, apart = model.flops(batch), model.flops(each)
     return {"examples": len(batch), "targets": len(each), "flops": together, "flops_apart": apart,
@@ -55,17 +56,19 @@ def session_cost(model: SequentialModel, batch: Batch) -> dict[str, float]:
 
 
 def impressions(model: SequentialModel, batch: Batch) -> Batch:
-    """Every target of a training batch as a row of its own with what was before it; rows stand in for its events.
+    """Every target of a training batch (U = B) as a row of its own with what was before it, the row for its events.
 
-    To foresee an event takes one before it, so the first of a life is no target of a model that only retrieves.
+    To foresee an event takes one before it, so the first of a life is a target only where its labels are.
     """
     name = model.series.name
-    new = torch.zeros(len(batch), dtype=torch.long) if batch.new_events is None else batch.new_events
+    past = batch.user.lists[name]
+    owner = torch.repeat_interleave(torch.arange(len(batch)), past.lengths)
+    new = torch.bincount(owner[model.new_events(batch)], minlength=len(batch))
     row = torch.repeat_interleave(torch.arange(len(batch)), new + 1)
     back = torch.arange(len(row)) - torch.repeat_interleave((new + 1).cumsum(0) - new - 1, new + 1)  # 0: the row itself
-    if not model.ranks:
-        foreseen = back < batch.user.lists[name].lengths[batch.user_of_row[row]]
-        row, back = row[foreseen], back[foreseen]
+    target = (back < past.lengths[row]) & model.retrieves
+    target |= model.ranks & (back == 0) | model.ranks_past
+    row, back = row[target], back[target]
     each = replace(batch.take(row).unshared(), new_events=None)
     return replace(each, user=before(each.user, name, back))
 

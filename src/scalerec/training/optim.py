@@ -37,6 +37,11 @@ class OptimizerConfig(Config):
     embedding_weight_decay: float = Field(default=0.0, ge=0)  # adamw: decoupled, of touched rows
     embedding_state: Literal["weights", "host"] = "weights"  # lies where the tables do, or in host memory
     clip: float = 1.0  # global norm of the dense gradients; 0: off
+    decay: float = Field(default=0.0, ge=0, le=1)  # share of all rates that is gone at the last step, linearly
+
+    def factor(self, progress: float) -> float:
+        """Of all rates, when this share of the planned steps is done; what stops early never sees the end."""
+        return 1 - self.decay * min(progress, 1.0)
 
     def build(self, model: Model) -> dict[str, torch.optim.Optimizer]:
         """The optimisers of a model by name; a step of all is a step of the model, whatever its gradients are."""
@@ -67,6 +72,13 @@ class OptimizerConfig(Config):
             decay = self.embedding_weight_decay
             return RowAdamW(parameters, self.embedding_lr, self.betas, self.embedding_eps, decay, rowwise, host)
         raise ValueError(f"embedding {self.embedding!r} has no optimiser of its own: use `build`")
+
+
+def set_rates(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:
+    """Every learning rate as this factor of the one that its optimiser began with."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
 
 
 def densify(parameters: Iterable[nn.Parameter]) -> None:

@@ -24,8 +24,9 @@ from scalerec.features.encoder import Encoder
 from scalerec.losses import total
 from scalerec.models.base import Model
 from scalerec.schema import Schema
+from scalerec.training.generators import generator_states, restore_generators
 from scalerec.training.log import Log
-from scalerec.training.optim import densify, load_state_tensors, state_tensors
+from scalerec.training.optim import densify, load_state_tensors, set_rates, state_tensors
 from scalerec.training.run import Run
 from scalerec.training.warm_start import transfer
 
@@ -74,6 +75,7 @@ class Training:
             self._same_data(earlier, schema)
         self.parts = count_parts(self.rows, schema)
         check_parts(self.parts)
+        self.steps = self.config.epochs * -(-self.parts["train"].rows // self.config.batch_size)
         self.state = State(threads=threads, rows=self.rows.num_rows)
         if earlier is None:
             old = checkpoint.load(warm_start) if warm_start else None
@@ -133,7 +135,7 @@ class Training:
     def _restore(self, earlier: checkpoint.Checkpoint) -> None:
         self.model.load_state_dict(earlier.weights)
         tensors, state = earlier.state_tensors(), earlier.state()
-        torch.set_rng_state(tensors.pop("random"))
+        restore_generators(tensors, self.device)
         load_state_tensors(self.optimizers, tensors)
         self.state = State(**{**state, "position": Position(*state["position"])})
         self._point_to_best()
@@ -148,6 +150,7 @@ class Training:
         while not self.state.finished and self.state.epoch < self.config.epochs:
             self.model.train()
             for batch, position in self.loader.epoch(self.state.epoch, self.state.position):
+                set_rates(self.optimizers.values(), self.config.optimizer.factor(self.state.step / self.steps))
                 losses = self.step(batch.to(self.device))
                 self.state.step += 1
                 self.state.position = position
@@ -196,7 +199,8 @@ class Training:
         self.log.progress(state.epoch, self.config.epochs, rows, self.parts["train"].rows, losses["loss"])
         if state.step % self.config.log_every == 0:
             means = {name: value / state.steps_in_losses for name, value in state.losses.items()}
-            self.log.write("train", state.step, {"epoch": state.epoch, **means}, state.seconds)
+            values = {"epoch": state.epoch, **means, **self.model.diagnostics()}
+            self.log.write("train", state.step, values, state.seconds)
             state.losses, state.steps_in_losses = {}, 0
 
     def _evaluate(self) -> None:
@@ -240,7 +244,7 @@ class Training:
 
     def _save(self) -> None:
         folder = self.out / "checkpoints" / self._name()
-        tensors = {**state_tensors(self.optimizers), "random": torch.get_rng_state()}
+        tensors = {**state_tensors(self.optimizers), **generator_states(self.device)}
         run = self.run.model_dump(mode="json")
         layout = self.encoder.layout
         checkpoint.save(folder, run, self.encoder, layout, self.model.state_dict(), tensors, asdict(self.state))

@@ -29,10 +29,11 @@ from scalerec.config import component
 from scalerec.data.parts import ROW_GROUP, earlier, write_parts
 from scalerec.data.reader import ParquetRows
 from scalerec.data.source import Source
-from scalerec.data.split import PARTS, ColumnSplit, NoSplit, Part, Split, columns_of, times_of
+from scalerec.data.split import PARTS, ColumnSplit, NoSplit, Part, Split, columns_of
 from scalerec.errors import InputError
 from scalerec.features import history
 from scalerec.features.hashing import hash_column, mix
+from scalerec.features.numeric import unix_seconds
 from scalerec.schema import Categorical, Group, Schema, Sequence, SequenceField, Side
 
 EVENTS = "events"  # the main sequence
@@ -255,7 +256,8 @@ def _by_time(log: pa.Table, schema: Schema, parts: np.ndarray, source: Sequences
     places = np.arange(len(events.rows))
     starts = (events.first == places) | ~np.append(False, training)[:-1]
     if source.session_gap is not None and len(places):
-        seconds = _seconds(log, schema)[events.rows]
+        assert schema.time is not None
+        seconds = unix_seconds(log.column(schema.time).combine_chunks(), schema.time, schema.time_unit)[events.rows]
         starts |= np.diff(seconds, prepend=seconds[0]) >= source.session_gap
     if source.session_events is not None:
         starts |= (places - history.last_true(starts)) % source.session_events == 0
@@ -301,11 +303,3 @@ def _no_clash(added: set[str], there: list[str], source: Source) -> None:
 
 def _plain(column: pa.Array) -> pa.Array:
     return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
-
-
-def _seconds(log: pa.Table, schema: Schema) -> np.ndarray:
-    """The time of each row in seconds [n]."""
-    assert schema.time is not None
-    kind = log.schema.field(schema.time).type
-    unit = 1.0 if pa.types.is_timestamp(kind) or pa.types.is_date(kind) else schema.time_unit
-    return times_of(log.to_batches()[0], schema.time) * unit
