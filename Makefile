@@ -1,4 +1,4 @@
-# make demo     a small comparison from nothing      make check    style, types, floors, spelling, docs
+# make demo     compare, export, ready to be served    make check    style, types, floors, spelling, docs
 # make test     the test suite                       make docs     the documentation into site/
 # make install  everything a developer needs         make clean    remove what these made, .venv included
 #
@@ -30,7 +30,7 @@ install: .venv/dev
 ifneq ($(TORCH_INDEX),)
 	@$(PIP) install --index-url $(TORCH_INDEX) $$(grep '^torch==' requirements.lock)
 endif
-	@$(PIP) install -c requirements.lock -e .
+	@$(PIP) install -c requirements.lock -e '.[serve]'
 	@touch $@
 
 .venv/dev: .venv/base
@@ -46,6 +46,12 @@ endif
 demo: .venv/base
 	$(BIN)/scalerec compare rankmixer_movielens_100k dcnv2_movielens_100k dlrm_mlp_movielens_100k --seeds 2 --workers 2 --out runs/demo
 	$(BIN)/scalerec compare hstu_movielens_100k sasrec_movielens_100k --seeds 1 --workers 2 --training.epochs 10 --out runs/demo_retrieval
+	rm -rf runs/bundles runs/state
+	$(BIN)/scalerec export runs/demo/rankmixer_movielens_100k/seed-0 --out runs/bundles/rankmixer --state runs/state
+	$(BIN)/scalerec export runs/demo_retrieval/hstu_movielens_100k/seed-0 --out runs/bundles/hstu --state runs/state
+	@echo
+	@echo "See it work: run the next line and open the address that it prints."
+	@echo "$(BIN)/scalerec serve runs/bundles/rankmixer runs/bundles/hstu --state runs/state"
 
 # One thread a process: with more, the processes fight for the cores.
 test: .venv/dev

@@ -13,13 +13,16 @@ from rich.table import Table
 
 from scalerec import config
 from scalerec.errors import InputError
+from scalerec.serving import bench
+from scalerec.serving import command as serving
+from scalerec.studies import commands as studies
 
 out = Console()
 PARTS = ("train", "validation", "test")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; 0 done, 2 something in the input has to change (one line on standard error)."""
+    """Run one command; 0 done, 1 it found what it looks for, 2 the input has to change (a line on standard error)."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     try:
@@ -29,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         if changes and not options.overridable:
             raise InputError(f"--{next(iter(changes))}: `scalerec {options.command}` has no such option")
         options.changes = changes
-        options.run(options)
+        return options.run(options) or 0
     except InputError as error:
         print(f"scalerec: {error}", file=sys.stderr)
         return 2
@@ -38,7 +41,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,6 +94,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, required=True)
     command.add_argument("--reference", action="store_true", help="LightGBM on the same columns as one more row")
     command.add_argument("--workers", type=int, default=1, help="runs trained at the same time, cores shared out")
+    command = add("export", export, "a trained run as a bundle that a service loads", overridable=False)
+    command.add_argument("run_folder", type=Path, metavar="RUN")
+    command.add_argument("--out", type=Path, required=True, metavar="BUNDLE")
+    command.add_argument("--name", help="what the service calls it (default: the run's name)")
+    command.add_argument("--fusion", default="", metavar="TASK=EXPONENT,...", help="default: the first task alone")
+    command.add_argument("--state", type=Path, metavar="FOLDER", help="also the log's users and histories, for `serve`")
+    for more in (serving.add, bench.add, studies.add_skew, studies.add_ab):
+        more(add)
     return parser
 
 
@@ -261,6 +271,23 @@ def compare(options: argparse.Namespace) -> None:
         return print(json.dumps(found))
     out.print(Markdown(markdown(found)))
     _say(f"kept in {options.out}: report.md, report.json, report.png and every run")
+
+
+def export(options: argparse.Namespace) -> None:
+    from scalerec.inference.bundle import export as write
+
+    fusion = serving.shares(options.fusion, "--fusion")
+    bundle = write(options.run_folder, options.out, name=options.name, fusion=fusion or None)
+    found = {"bundle": str(bundle.folder), "name": bundle.name, "version": bundle.version, "items": len(bundle.items)}
+    if options.state:
+        from scalerec.serving.seed import write_state
+
+        found |= write_state(options.run_folder, options.state, _say)
+    if options.json:
+        return print(json.dumps(found))
+    _say(f"{found['name']} {found['version']}, {found['items']:,} items; proved against its own golden sample")
+    state = f" --state {options.state}" if options.state else ""
+    out.print(f"scalerec serve {options.out}{state}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _tables(tables: dict[str, dict[str, float]], title: str) -> None:

@@ -1,0 +1,58 @@
+"""An experiment as Markdown and JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from scalerec.studies.ab import FEW_UNITS, lift_text
+
+
+def write(found: dict[str, Any], out: Path) -> None:
+    """ab.md and ab.json in the folder `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "ab.json").write_text(json.dumps(found, indent=1))
+    (out / "ab.md").write_text(markdown(found))
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The verdict first, then the arms and how units were dealt."""
+    per = "exposure" if found["metric"] == "ratio" else found["by"]
+    lines = [f"# {found['label']} per {per}", "", *(f"- **{line}**" for line in found["verdict"]), ""]
+    how = "the delta method" if found["interval"] == "delta" else "a bootstrap"
+    lines += [
+        f"{found['units']:,} units by `{found['by']}`, each one observation; 95 % intervals by {how}; where that of "
+        "the difference holds zero, it is *not resolved*. The minimum detectable lift is what such arms would resolve "
+        "in 80 % of experiments.",
+        "",
+        f"| arm | units | {found['label']} | per {per} | lift | p | minimum detectable lift |",
+        "|---|---:|---:|---:|---|---:|---:|",
+    ]  # fmt: skip
+    for entry in found["arms"]:
+        cells = [f"{entry['units']:,}", f"{entry['outcome']:,g}",
+                 f"{entry['value']:.5g} [{entry['low']:.5g}, {entry['high']:.5g}]"]  # fmt: skip
+        if "p" in entry:
+            held = "" if entry["resolved"] else " *not resolved*"
+            cells += [f"{lift_text(entry)}{held}", f"{entry['p']:.2g}", f"{100 * entry['minimum_detectable']:.2f} %"]
+        else:
+            cells += ["control", "", ""]
+        lines.append(f"| {entry['arm']} | {' | '.join(cells)} |")
+    ratio, events = found["sample_ratio"], found["events"]
+    shares = ", ".join(f"{name} {count:,} (planned {ratio['planned'][name]:.1%})"
+                       for name, count in ratio["units"].items())  # fmt: skip
+    lines += [
+        "", f"Sample ratio: {shares}; p = {ratio['p']:.2g} (chi-square).", "",
+        f"Left out: {found['units_in_several_arms']:,} units seen in more than one arm; "
+        f"{found['exposures_of_no_arm']:,} exposures whose request named its model; of {events['with_label']:,} events "
+        f"with the label {events['with_label'] - events['attributed']:,} without an exposure before them"
+        f"{'' if found['window'] is None else ' in the window'}.",
+    ]  # fmt: skip
+    if len(found["arms"]) > 2:
+        adjusted = ", ".join(f"{entry['arm']} {entry['p_holm']:.2g}" for entry in found["arms"][1:])
+        lines += ["", f"Several arms were compared; p-values adjusted for that (Holm): {adjusted}."]
+    if min(entry["units"] for entry in found["arms"]) < FEW_UNITS:
+        lines += ["", f"**An arm has fewer than {FEW_UNITS} units: intervals are rough.**"]
+    facts = ", ".join(f"{key} {value}" for key, value in found["machine"].items() if value)
+    lines += ["", f"Command: `{found['command']}`", "", f"Machine: {facts}", ""]
+    return "\n".join(lines)

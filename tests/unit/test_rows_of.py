@@ -1,0 +1,81 @@
+"""Items and users of a log, against counts in plain Python."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+
+from scalerec.inference import bundle
+from scalerec.inference.rows_of import explained_share, item_rows, user_rows, usual_share
+from scalerec.models import dcnv2, sasrec
+from scalerec.schema import Categorical, Group, Schema, Sequence, SequenceField
+from tests.contract.world import row
+from tests.unit.bundles import saved_run
+
+
+def test_items_and_users_against_a_count_by_hand(tmp_path):
+    """Popularity, the latest value of each column, and defaults of what belongs to the moment, by plain Python."""
+    log = [{**row(user, number), "time": 1e9 + 3000 - 10 * number + user} for number in range(9) for user in range(12)]
+    for entry in log:  # a price that rose once, at a time of its own for each item
+        entry["price"] = entry["item"] + (1.0 if entry["time"] > 1e9 + 2950 + entry["item"] else 0.0)
+        entry["city"] = "moved" if entry["time"] > 1e9 + 3000 and entry["user"] == "u7" else entry["city"]
+    run = saved_run(tmp_path / "run", dcnv2.tiny(), pa.RecordBatch.from_pylist(log))
+    found = item_rows(run)
+    by_time = sorted(log, key=lambda entry: entry["time"])
+    latest = {entry["item"]: entry for entry in by_time}
+    counts = Counter(entry["item"] for entry in log)
+    table = found.items.to_pylist()
+    assert found.items.column_names == ["item", "author", "price", "popularity"]
+    assert {entry["item"] for entry in table} == set(latest)
+    for entry in table:
+        assert entry == {**{name: latest[entry["item"]][name] for name in entry if name != "popularity"},
+                         "popularity": counts[entry["item"]]}  # fmt: skip
+    assert [entry["popularity"] for entry in table] == sorted(counts.values(), reverse=True)
+    views = sorted(entry["views"] for entry in log if entry["views"] is not None)
+    (usual, often), (_, less) = Counter(entry["words"] for entry in log).most_common(2)
+    assert found.context == {"words": usual, "views": views[(len(views) - 1) // 2]} and often > less
+    users = {entry["user"]: entry for entry in user_rows(run).to_pylist()}
+    last = {entry["user"]: entry for entry in by_time}
+    assert set(users) == set(last)
+    for name, entry in users.items():
+        assert entry == {key: last[name][key] for key in ("user", "city", "age", "income", "interests")}
+    assert users["u7"]["city"] == "moved"
+
+
+def test_rows_that_stand_for_many_events_count_each_new_one(tmp_path):
+    """One row a user: the items of its new events count, of its older past what it says is known."""
+    schema = Schema(
+        groups=(
+            Group(name="past", side="user", features=(
+                Sequence(name="seen", fields=(SequenceField(of="item"), SequenceField(of="kind")), time=True),)),
+            Group(name="item", side="item", features=(Categorical(name="item"), Categorical(name="kind"))),
+        ), tasks=(), user="user", item="item", time="time", new_events="new",
+    )  # fmt: skip
+    rows = [
+        {"user": "a", "time": 9.0, "item": 1, "kind": "x", "seen_item": [2, 3, 1], "seen_kind": ["v", "z", "x"],
+         "seen_time": [1.0, 2.0, 3.0], "new": 2},
+        {"user": "b", "time": 5.0, "item": 2, "kind": "v", "seen_item": [4], "seen_kind": ["x"], "seen_time": [4.0],
+         "new": 0},
+    ]  # fmt: skip
+    config = sasrec.tiny().model_copy(update={"dim": 16})
+    run = saved_run(tmp_path / "run", config, pa.Table.from_pylist(rows), schema)
+    found = item_rows(run)
+    table = {entry["item"]: (entry["kind"], entry["popularity"]) for entry in found.items.to_pylist()}
+    assert table == {1: ("x", 2), 3: ("z", 1), 2: ("v", 1), 4: ("x", 0)}
+    bundle.export(run, tmp_path / "bundle")  # a schema without tasks and without a user's own features
+    assert bundle.load(tmp_path / "bundle", "int8").vectors.shape == (4, 16)
+
+
+def test_what_belongs_to_an_item_is_measured():
+    random = np.random.default_rng(0)
+    item = random.integers(0, 200, 5000)
+    assert (
+        usual_share(item, item % 7) == 1 and usual_share(item, np.where(random.random(5000) < 0.05, 9, item % 7)) > 0.9
+    )
+    assert usual_share(item, random.integers(0, 3, 5000)) < 0.6
+    few = random.integers(0, 2500, 5000)  # two rows an item: unadjusted, half of any noise would be explained
+    assert explained_share(few, random.normal(size=5000)) < 0.1
+    assert explained_share(few, few + random.normal(size=5000)) > 0.9
+    assert explained_share(np.arange(50), random.normal(size=50)) == 1  # one row an item: nothing speaks against it
