@@ -50,7 +50,11 @@ class Checkpoint:
             raise InputError(f"{self.folder}: {str(error).splitlines()[0]}") from None
         assert isinstance(model_config, ModelConfig)
         model = model_config.build(self.layout)
-        model.load_state_dict(self.weights)
+        try:
+            model.load_state_dict(self.weights)
+        except RuntimeError as error:
+            named = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+            raise InputError(f"{self.folder}: the weights are not of the model in config.json: {named[:200]}") from None
         return model.eval()
 
     def state(self) -> dict[str, Any]:

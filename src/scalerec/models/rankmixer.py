@@ -1,11 +1,11 @@
-"""RankMixer (Zhu et al., 2025, sections 3.1-3.4): semantic tokens, parameter-free mixing, per-token FFNs.
+"""RankMixer (Zhu et al., 2025, sections 3.1-3.4): semantic tokens, parameter-free mixing, per-token FFNs or experts.
 
 U users   B rows   T tokens   D width   H heads   F hidden width of a token's FFN   c chunk width of the tokeniser
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -15,8 +15,10 @@ from scalerec.batch import Batch, Outputs
 from scalerec.errors import InputError
 from scalerec.features.layout import Layout
 from scalerec.layers.embedding import Embedded, EmbeddedSequence
+from scalerec.layers.experts import ExpertFFN, ExpertsConfig, RouterStep, SparsityControl, split
 from scalerec.layers.heads import HeadKind, Heads
 from scalerec.layers.tokenizer import Tokenizer, TokenizerKind
+from scalerec.losses import Term
 from scalerec.models.base import FeatureJoin, Joined, Model, ModelConfig, count
 from scalerec.ops.per_token import per_token_linear
 from scalerec.ops.token_mixing import revert_mixing, token_mixing
@@ -31,7 +33,8 @@ class RankMixerConfig(ModelConfig):
     num_heads: NonNegativeInt = 0  # 0: H = T; otherwise mix, transform, revert
     tokenizer: TokenizerKind = "equal"
     position: bool = False  # a learned vector per token, absorbed by the tokeniser's bias (spec A.4)
-    shared_ffn: bool = False  # one FFN for all tokens: the ablation of Table 2
+    shared_ffn: bool = False  # one FFN, or one set of experts, for all tokens: the ablation of Table 2
+    experts: ExpertsConfig = ExpertsConfig()  # in place of each token's FFN (section 3.4)
     dropout: float = Field(default=0.0, ge=0, lt=1)  # on the output of the FFN
     head: HeadKind = "mlp"
     head_hidden: PositiveInt = 128
@@ -45,16 +48,30 @@ class RankMixerConfig(ModelConfig):
                 f"--model.dim {self.dim} is not divisible by --model.{what} {heads}: use a multiple, such as "
                 f"{-(-self.dim // heads) * heads}"
             )
+        if self.experts.count:
+            self.experts.check(self.num_tokens, self.ffn_dim)
         return RankMixer(self, layout)
 
-    def stack_parameters(self) -> int:
-        """L [ T (2 D F + F + D) + 4 D ] (spec A.9), 1 FFN instead of T when shared; H = T only."""
-        ffns = 1 if self.shared_ffn else self.num_tokens
-        return self.num_layers * (ffns * (2 * self.dim * self.ffn_dim + self.ffn_dim + self.dim) + 4 * self.dim)
+    @property
+    def hidden(self) -> int:
+        """Hidden width of a token: F, or that of all its experts side by side."""
+        return self.experts.hidden(self.ffn_dim) if self.experts.count else self.ffn_dim
 
-    def stack_macs(self) -> int:
-        """2 L T D F multiply-accumulates per row."""
-        return 2 * self.num_layers * self.num_tokens * self.dim * self.ffn_dim
+    def stack_parameters(self) -> int:
+        """L [ T (2 D F + F + D) + 4 D ] (spec A.9), 1 FFN instead of T when shared; H = T only.
+
+        Experts have E output biases instead of one, and routers of D E + E.
+        """
+        own, dim, hidden = 1 if self.shared_ffn else self.num_tokens, self.dim, self.hidden
+        experts = self.experts.count
+        routers = (1 if self.experts.router_shared else self.num_tokens) * (1 + (self.experts.dtsi != "off"))
+        ffn = own * (2 * dim * hidden + hidden + max(experts, 1) * dim) + routers * (dim + 1) * experts
+        return self.num_layers * (ffn + 4 * dim)
+
+    def stack_macs(self, active: float = 1.0) -> int:
+        """2 L T D F multiply-accumulates per row, of the share of experts that is active; 2 L T D E more to gate."""
+        gating = 2 * self.dim * self.experts.count
+        return round(self.num_layers * self.num_tokens * (2 * self.dim * self.hidden * active + gating))
 
 
 class PerTokenFFN(nn.Module):
@@ -92,18 +109,23 @@ class RankMixerBlock(nn.Module):
         self.tokens, self.heads = tokens, config.num_heads or tokens
         self.mixed_norm = nn.LayerNorm(dim)
         self.norm = nn.LayerNorm(dim)
-        self.ffn = PerTokenFFN(tokens, dim, config.ffn_dim, config.shared_ffn)
+        self.ffn: PerTokenFFN | ExpertFFN
+        if config.experts.count:
+            self.ffn = ExpertFFN(tokens, dim, config.hidden, config.experts, config.shared_ffn)
+        else:
+            self.ffn = PerTokenFFN(tokens, dim, config.ffn_dim, config.shared_ffn)
         self.dropout = nn.Dropout(config.dropout)
         self.mixed_ffn = None
         if self.heads != tokens:
             self.mixed_ffn = PerTokenFFN(self.heads, tokens * dim // self.heads, config.ffn_dim)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, step: RouterStep | None = None) -> Tensor:
         mixed = token_mixing(x_BTD, self.heads)
         if self.mixed_ffn is not None:
             mixed = revert_mixing(self.mixed_ffn(mixed), self.tokens)
         s = self.mixed_norm(mixed + x_BTD)
-        return self.norm(self.dropout(self.ffn(s)) + s)
+        out = self.ffn(s, step) if isinstance(self.ffn, ExpertFFN) else self.ffn(s)
+        return self.norm(self.dropout(out) + s)
 
 
 class RankMixer(Model):
@@ -117,6 +139,11 @@ class RankMixer(Model):
         self.position = nn.Parameter(torch.zeros(config.num_tokens, config.dim)) if config.position else None
         self.blocks = nn.ModuleList(RankMixerBlock(config) for _ in range(config.num_layers))
         self.heads = Heads(config.dim, len(layout.tasks), config.head, config.head_hidden)
+        experts = config.experts
+        self.control = None
+        if experts.count and experts.routing == "relu":
+            self.control = SparsityControl(experts.target, experts.growth, experts.control == "damped")
+        self.last: RouterStep | None = None  # what the routers did in the last training step
 
     def encode_user(self, user: Embedded) -> tuple[Tensor, Tensor, dict[str, EmbeddedSequence]]:
         """User tokens [U, T_user, D], the user's features (a global token wants them) and the pasts for DIN."""
@@ -124,22 +151,80 @@ class RankMixer(Model):
         return self.tokenizer.user_tokens(joined.user), joined.user, joined.pasts
 
     def score(self, state: tuple, items: Embedded, user_of_row: Tensor) -> Outputs:
+        return self._from_tokens(self._tokens(state, items, user_of_row))
+
+    def objective(self, batch: Batch) -> dict[str, Term]:
+        """With experts, the loss under both routers by `dtsi`, and what the infer-router's open gates cost."""
+        experts = self.config.experts
+        if not experts.count:
+            return super().objective(batch)
+        user, items = self.embeddings(batch.user, batch.items)
+        x_BTD = self._tokens(self.encode_user(user), items, batch.user_of_row)
+        self.last = RouterStep.begin(experts.dtsi, len(batch), x_BTD.device)
+        twice = experts.dtsi == "dual"
+        logits = self._from_tokens(torch.cat([x_BTD, x_BTD]) if twice else x_BTD, self.last).logits
+        found = [self.loss(Outputs(part), batch) for part in logits.chunk(2 if twice else 1)]
+        terms = {
+            task: Term(torch.stack([terms[task].sum for terms in found]).mean(), term.weight)
+            for task, term in found[0].items()
+        }
+        strength = experts.balance if self.control is None else self.control.strength[0]
+        cost, weight = self.last.penalty()
+        return {**terms, "gates": Term(strength * cost, weight)}
+
+    def after_step(self) -> None:
+        if self.last is not None:
+            self.last.penalties.clear()  # they hold on to the step's graph
+            if self.control is not None:
+                self.control.update(self.last)
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Lambda and how often each gate was open [L, T, E] in the last training step."""
+        if self.last is None:
+            return {}
+        often = self.last.frequency()
+        found: dict[str, Any] = {"open": float(often.mean()), "never_open": float((often == 0).float().mean())}
+        if self.control is not None:
+            found["lambda"] = float(self.control.strength)
+        return found | {"open_by_expert": often.tolist()}
+
+    def adopt(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Those of a dense RankMixer as experts that are all open, whose outputs are the same."""
+        had, has = (any(".ffn.router." in name for name in some) for some in (weights, self.state_dict()))
+        if had == has:
+            return weights
+        if had:
+            raise InputError("it holds experts and this model none: set --model.experts as they were there")
+        found = dict(weights)
+        for number, block in enumerate(self.blocks):
+            assert isinstance(block, RankMixerBlock) and isinstance(block.ffn, ExpertFFN)
+            prefix = f"blocks.{number}.ffn."
+            found |= {prefix + name: value for name, value in split(weights, prefix, block.ffn).items()}
+        assert self.control is not None  # of ReLU gates, which `split` demands
+        return found | {f"control.{name}": value for name, value in self.control.state_dict().items()}
+
+    def _tokens(self, state: tuple, items: Embedded, user_of_row: Tensor) -> Tensor:
+        """[B, T, D] before the first block."""
         user_tokens, user, pasts = state
         rows = self.join.item_side(Joined(user, pasts), items, user_of_row)
-        x = self.tokenizer(user_tokens, user, rows, user_of_row)
-        if self.position is not None:
-            x = x + self.position
+        x_BTD = self.tokenizer(user_tokens, user, rows, user_of_row)
+        return x_BTD if self.position is None else x_BTD + self.position
+
+    def _from_tokens(self, x_BTD: Tensor, step: RouterStep | None = None) -> Outputs:
         for block in self.blocks:
-            x = block(x)
-        return Outputs(self.heads(x.mean(1)))
+            x_BTD = block(x_BTD, step)
+        return Outputs(self.heads(x_BTD.mean(1)))
 
     def flops(self, batch: Batch) -> int:
-        """Per row 2 T D F a block for the FFN (mixing costs none), the tokeniser on each side, DIN, heads."""
+        """Per row 2 T D F a block for the FFN (mixing costs none), the tokeniser on each side, DIN, heads.
+
+        Of experts all are counted; what is left of them where some are skipped follows from `stack_macs(active)`.
+        """
         config, rows = self.config, len(batch)
         macs = rows * (config.stack_macs() + self.heads.macs)
         if config.num_heads and config.num_heads != config.num_tokens:
-            # H tokens of width T D / H through F: again T D F each way.
-            macs += rows * config.stack_macs()
+            # H tokens of width T D / H through F: T D F each way.
+            macs += rows * 2 * config.num_layers * config.num_tokens * config.dim * config.ffn_dim
         return 2 * (macs + self.tokenizer.macs(rows, len(batch.user)) + self.join.macs(batch))
 
     def parts(self) -> dict[str, int]:

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -93,6 +94,9 @@ class Log:
             flat |= {f"{task}/{name}": value for name, value in table.items()}
         for name, value in flat.items():
             self._writer.add_scalar(f"{kind}/{name}", value, step)
+        for name, value in values.items():
+            if isinstance(value, list):
+                self._writer.add_histogram(f"{kind}/{name}", np.array(value, dtype=np.float32), step)
 
 
 def _step(line: str) -> float:

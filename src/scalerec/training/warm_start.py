@@ -13,12 +13,16 @@ def transfer(old: Checkpoint, model: Model) -> str:
     """Copy the old weights into the fresh `model`, whose tables may have grown at their ends; says what was new.
 
     Raises:
-        InputError: the dense part has other shapes than in the checkpoint.
+        InputError: the dense part has other shapes than in the checkpoint, or is of another kind.
     """
+    try:
+        weights = model.adopt(old.weights)
+    except InputError as error:
+        raise InputError(f"--warm-start {old.folder}: {error}") from None
     state = model.state_dict()
     new_rows = 0
     for name, value in state.items():
-        before = old.weights.get(name)
+        before = weights.get(name)
         if before is None or (before.shape != value.shape and not name.startswith("embeddings.tables.")):
             raise InputError(f"--warm-start {old.folder}: {name} has another shape there; use the same --model options")
         with torch.no_grad():
