@@ -32,7 +32,6 @@ import os
 import shutil
 import subprocess
 import sys
-import venv
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -45,6 +44,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.environment import install, python_of, say, without_scalerec
 from benchmarks.machine import describe_machine, options, refuse_if_busy
 from scalerec.data.source import cache_root
 
@@ -54,26 +54,7 @@ NEEDS = PEER.with_suffix(".txt")
 NEVER = 10**9  # steps
 
 
-def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 # -- the peer's environment
-
-
-def python_of(environment: Path) -> Path:
-    return environment / "bin" / "python"
-
-
-def install(environment: Path) -> None:
-    """A virtual environment with what `NEEDS` pins; pip's own variables decide where from."""
-    if not python_of(environment).exists():
-        say(f"making {environment}")
-        venv.create(environment, with_pip=True)
-    say(f"installing {NEEDS.name} (1.5 GB with torch for CPUs, several more with CUDA)")
-    pip = [str(python_of(environment)), "-m", "pip", "install", "--disable-pip-version-check", "-q"]
-    if subprocess.run([*pip, "-r", str(NEEDS)], check=False).returncode:
-        raise SystemExit(f"pip could not install {NEEDS} into {environment}: see above")
 
 
 def missing(environment: Path) -> str:
@@ -81,13 +62,9 @@ def missing(environment: Path) -> str:
     if not python_of(environment).exists():
         return f"no environment in {environment}"
     asked = subprocess.run(
-        [str(python_of(environment)), str(PEER), "--versions"], env=_without_scalerec(), capture_output=True, text=True
+        [str(python_of(environment)), str(PEER), "--versions"], env=without_scalerec(), capture_output=True, text=True
     )
     return f"RecTools cannot be imported in {environment}: {asked.stderr[-500:].strip()}" if asked.returncode else ""
-
-
-def _without_scalerec() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
 
 
 # -- the same data for both
@@ -195,7 +172,7 @@ class Bench:
         words = ["--epochs", str(epochs), "--threads", str(self.threads), "--seed", str(self.seed)]
         words += ["--out", str(result), *(["--evaluate", *map(str, evaluate)] if evaluate else [])]
         command = [str(python_of(self.environment)), str(PEER), str(self.data.folder), *words]
-        self._run(command, _without_scalerec())
+        self._run(command, without_scalerec())
         found = json.loads(result.read_text()) | {"busy": busy}
         file.write_text(json.dumps(found))
         self.busy |= busy
@@ -347,7 +324,7 @@ def main() -> None:
     chosen = arguments()
     environment = chosen.environment.absolute()
     if chosen.install and missing(environment):
-        install(environment)
+        install(environment, NEEDS)
     reason = missing(environment)
     if reason:
         print(f"skipped, nothing compared with RecTools: {reason}", file=sys.stderr)

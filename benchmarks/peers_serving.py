@@ -19,12 +19,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import socket
 import subprocess
-import sys
 import tempfile
-import venv
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
@@ -38,6 +35,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.environment import install, python_of, say, without_scalerec
 from benchmarks.machine import describe_machine, options, refuse_if_busy
 from benchmarks.serving_world import NOW, Caller, Process, World, make, ranking_schema, requests_a_second, serving
 from scalerec.data.source import cache_root
@@ -56,26 +54,7 @@ SIDES = ("ours", "peer", "peer_batching")
 WARM_UP = 1.0  # seconds of each probe that are not counted
 
 
-def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 # -- the peer
-
-
-def python_of(environment: Path) -> Path:
-    return environment / "bin" / "python"
-
-
-def install(environment: Path) -> None:
-    """A virtual environment with what `NEEDS` pins; pip's own variables decide where from."""
-    if not python_of(environment).exists():
-        say(f"making {environment}")
-        venv.create(environment, with_pip=True)
-    say(f"installing {NEEDS.name} (1.5 GB with torch for CPUs, several more with CUDA)")
-    pip = [str(python_of(environment)), "-m", "pip", "install", "--disable-pip-version-check", "-q"]
-    if subprocess.run([*pip, "-r", str(NEEDS)], check=False).returncode:
-        raise SystemExit(f"pip could not install {NEEDS} into {environment}: see above")
 
 
 def versions(environment: Path) -> dict[str, str] | str:
@@ -90,9 +69,8 @@ def versions(environment: Path) -> dict[str, str] | str:
 
 def peer_variables(threads: int) -> dict[str, str]:
     """The environment's own packages, and this checkout's scalerec, whose model and encoder it serves."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     source = Path(__file__).parents[1] / "src"
-    return kept | {"PYTHONPATH": str(source), "OMP_NUM_THREADS": str(threads)}
+    return without_scalerec() | {"PYTHONPATH": str(source), "OMP_NUM_THREADS": str(threads)}
 
 
 @contextmanager
@@ -251,7 +229,7 @@ def main() -> None:
     given = arguments()
     environment = given.environment.absolute()
     if given.install and isinstance(versions(environment), str):
-        install(environment)
+        install(environment, NEEDS)
     known = versions(environment)
     if isinstance(known, str):
         say(f"skipped, nothing compared with LitServe: {known}")

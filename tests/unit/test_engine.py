@@ -113,7 +113,7 @@ def test_unknown_items_and_columns_of_the_request(world, kind):
 def test_raw_rows_are_those_of_a_log(world):
     engine = engine_of(world, MODELS["rankmixer"])
     ask = asked(3, [1, 99, 4], own=[{}, {"price": 2.5}, {}])
-    raw = engine.raw(ask)
+    raw = engine.raw([ask])
     assert set(raw.schema.names) == set(SCHEMA.input_columns())
     expected = logged(ask, 3)
     for found, wanted in zip(raw.to_pylist(), expected):

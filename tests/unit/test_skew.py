@@ -390,9 +390,11 @@ def test_the_log_of_the_service_itself(world, tmp_path: Path) -> None:
             own = {name: row[name] for name in ("maker", "words", "price", "released")}
             ask = Ask(row["user"], columns, past, [row["item"]], [own], row["time"])
             scores = engine.rank([ask])[0].scores
-            requests.append(rows_of(Shown(f"r{number}", 1e9, engine, 7, ask, engine.fused(scores), scores)))
+            requests.append(Shown(f"r{number}", 1e9, engine, 7, ask, engine.fused(scores), scores))
         folder.mkdir()
-        write_file(folder / "shown.parquet", requests)
+        together = rows_of(requests)
+        assert together.equals(pa.concat_tables([rows_of([one]) for one in requests], promote_options="permissive"))
+        write_file(folder / "shown.parquet", [together])
         return str(folder)
 
     found = skew(log(Engine(bundle), tmp_path / "right"), tmp_path / "bundle")

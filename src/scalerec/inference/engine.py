@@ -82,12 +82,12 @@ class Engine:
             known.add(self.schema.time or "")
         return [name for name in self.schema.input_columns() if name not in known]
 
-    def raw(self, ask: Ask) -> pa.RecordBatch:
-        """The rows that a training log would hold of this request, all input columns, one row a candidate."""
-        user = self._user_rows([ask])
+    def raw(self, asks: Sequence[Ask]) -> pa.RecordBatch:
+        """The rows that a training log would hold of n requests, all input columns, one row a candidate."""
+        user, asked = self._user_rows(asks), self._asked(asks)
         rest = [name for name in self.schema.input_columns() if name not in user.schema.names]
-        items = self.catalogue.raw(rest, self._asked([ask]))
-        repeated = user.take(pa.array(np.zeros(len(ask.candidates), np.int64)))
+        items = self.catalogue.raw(rest, asked)
+        repeated = user.take(pa.array(asked.request))
         return pa.RecordBatch.from_arrays([*repeated.columns, *items.columns], names=[*user.schema.names, *rest])
 
     def encode(self, asks: Sequence[Ask]) -> Batch:
