@@ -16,6 +16,7 @@ from scalerec.errors import InputError
 from scalerec.serving import bench
 from scalerec.serving import command as serving
 from scalerec.studies import commands as studies
+from scalerec.studies import expert_commands
 
 out = Console()
 PARTS = ("train", "validation", "test")
@@ -100,8 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--name", help="what the service calls it (default: the run's name)")
     command.add_argument("--fusion", default="", metavar="TASK=EXPONENT,...", help="default: the first task alone")
     command.add_argument("--state", type=Path, metavar="FOLDER", help="also the log's users and histories, for `serve`")
-    for more in (serving.add, bench.add, studies.add_skew, studies.add_ab):
+    for more in (serving.add, bench.add, studies.add_skew, studies.add_ab, expert_commands.add_experts):
         more(add)
+    expert_commands.add_sparsity(add, _run)
     return parser
 
 
