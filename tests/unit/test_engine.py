@@ -137,6 +137,7 @@ def test_missing_columns_are_named(world):
     engine = engine_of(world, MODELS["rankmixer"])
     assert engine.missing(asked(0, [1])) == ["views"]
     assert engine.missing(asked(0, [1], own=[{"views": 1}])) == []
+    assert engine.missing(asked(0, [1, 2], own=[{"views": 1}, {}])) == ["views"]  # the other gets the default
     assert engine.missing(Ask("u0", {}, {}, [1])) == ["city", "age", "income", "interests", "views", "time"]
 
 

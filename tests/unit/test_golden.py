@@ -20,7 +20,7 @@ from scalerec.features.encoder import Encoder
 from scalerec.inference import bundle, golden, precision
 from scalerec.inference.golden_requests import CANDIDATES, USERS, from_json, golden_requests, to_json
 from scalerec.models import rankmixer
-from scalerec.schema import Group, Numeric
+from scalerec.schema import Categorical, Cross, Group, Numeric, Schema
 from tests.contract.world import SCHEMA, make_world
 from tests.unit.bundles import CONFIGS, refused, runs_and_bundles, saved_run, signed_again
 
@@ -88,6 +88,17 @@ def test_golden_requests_have_the_kinds_of_columns_of_the_log():
 
 
 # -- a skewed encoder
+
+
+def test_a_cross_that_stands_first_leaves_its_columns_their_values():
+    """The dictionary of a column is reached by the sample wherever in the schema a cross reads it too."""
+    rows = pa.table({"user": ["u", "v"], "item": [1, 2], "kind": ["x", "y"], "city": ["a", "b"]})
+    plain = (Categorical(name="item"), Categorical(name="kind"))
+    item = Group(name="item", side="item", features=(Cross(name="both", of=("kind", "city"), buckets=9), *plain))
+    user = Group(name="user", side="user", features=(Categorical(name="user"),))
+    encoder = Encoder.fit(Schema(groups=(user, item), tasks=(), user="user", item="item", dim=8), rows.to_batches())
+    made = golden_requests(encoder, {"user": "string", "item": "int64", "kind": "string", "city": "string"})
+    assert {"x", "y"} <= set(made.column("kind").to_pylist())
 
 
 @pytest.mark.parametrize(("name", "feature"), [("rankmixer", "item"), ("sasrec", "item"), ("dcnv2", "interests")])

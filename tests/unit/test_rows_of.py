@@ -8,9 +8,11 @@ import numpy as np
 import pyarrow as pa
 
 from scalerec.inference import bundle
+from scalerec.inference.catalogue import Catalogue
+from scalerec.inference.retrieval import Popular
 from scalerec.inference.rows_of import explained_share, item_rows, user_rows, usual_share
 from scalerec.models import dcnv2, sasrec
-from scalerec.schema import Categorical, Group, Schema, Sequence, SequenceField
+from scalerec.schema import Categorical, Group, Numeric, Schema, Sequence, SequenceField, Task
 from tests.contract.world import row
 from tests.unit.bundles import saved_run
 
@@ -66,6 +68,23 @@ def test_rows_that_stand_for_many_events_count_each_new_one(tmp_path):
     assert table == {1: ("x", 2), 3: ("z", 1), 2: ("v", 1), 4: ("x", 0)}
     bundle.export(run, tmp_path / "bundle")  # a schema without tasks and without a user's own features
     assert bundle.load(tmp_path / "bundle", "int8").vectors.shape == (4, 16)
+
+
+def test_a_log_may_have_a_popularity_of_its_own(tmp_path):
+    """A feature called like the count of rows keeps its own values; a moment's is not read from the items."""
+    for values, owned in ((lambda n: n % 3, True), (lambda n: n * 7 % 11, False)):
+        rows = [{"user": f"u{n % 4}", "item": n % 3, "popularity": float(values(n)), "click": n % 2} for n in range(33)]
+        schema = Schema(
+            groups=(Group(name="user", side="user", features=(Categorical(name="user"),)),
+                    Group(name="item", side="item", features=(Categorical(name="item"), Numeric(name="popularity")))),
+            tasks=(Task(name="click"),), user="user", item="item", dim=8,
+        )  # fmt: skip
+        run = saved_run(tmp_path / f"run-{owned}", dcnv2.tiny(), pa.Table.from_pylist(rows), schema)
+        found = bundle.export(run, tmp_path / f"bundle-{owned}")
+        assert found.items.column_names == ["item", *["popularity"] * owned, "#popularity"]
+        assert Popular(found.items, "item").counts.tolist() == [11, 11, 11]
+        served = Catalogue(found.encoder, found.items).columns
+        assert ("popularity" in served) == owned == ("popularity" not in found.context)
 
 
 def test_what_belongs_to_an_item_is_measured():

@@ -21,7 +21,7 @@ from scalerec.errors import InputError
 from scalerec.features import history
 from scalerec.schema import Schema
 from scalerec.serving.events import Event
-from scalerec.serving.seed import seed_from
+from scalerec.serving.seed import _with_columns, seed_from
 from scalerec.serving.store import Store, open_store
 from scalerec.serving.tables import UserTable
 from tests.unit.stores import LISTS, SCHEMA
@@ -224,3 +224,14 @@ def test_a_table_without_its_ids_or_unreadable_is_refused(tmp_path: Path) -> Non
     with pytest.raises(InputError, match=r"users.parquet: no column 'user'"):
         UserTable.load(tmp_path / "users.parquet", "user")
     assert UserTable(pa.table({"user": pa.array([], pa.string())}), "user").row("a") == {}
+
+
+def test_a_second_run_s_columns_of_users_join_those_of_the_first():
+    first = pa.table({"user": [3, 1, 2], "city": ["c", "a", "b"]})
+    second = pa.table({"user": [1, 3], "city": ["x", "y"], "likes": [[1], [3, 4]]})
+    found = _with_columns(first, second, "user")
+    assert found.to_pylist() == [
+        {"user": 3, "city": "c", "likes": [3, 4]},
+        {"user": 1, "city": "a", "likes": [1]},
+        {"user": 2, "city": "b", "likes": None},
+    ]

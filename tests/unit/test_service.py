@@ -176,6 +176,7 @@ BAD = [
     (RANK, {"user": "u1", "candidates": [{"price": 1}]}, 422, "candidates[0].id"),
     (RANK, {"user": "u1", "candidates": [1, {"id": 2, "price": "dear"}]}, 422, "candidates[1].price"),
     (RANK, {"user": "u1", "candidates": [{"id": 2, "prize": 1}]}, 422, "candidates[0].prize"),
+    (RANK, {"user": "u1", "candidates": [{"id": 2, "age": 31}]}, 422, "candidates[0].age"),
     (RANK, {"user": "u1", "candidates": [1], "context": {"views": "many"}}, 422, "context.views"),
     (RANK, {"user": "u1", "candidates": [1], "context": {"views": True}}, 422, "context.views"),
     (RANK, {"user": "u1", "candidates": [1], "context": {"seen_item": [1]}}, 422, "context.seen_item"),

@@ -6,6 +6,7 @@ import argparse
 import json
 import stat
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,18 @@ def test_the_command_makes_lists_and_removes_keys(tmp_path, capsys):
         run("add", "a name with spaces", file)
 
 
+def test_a_right_key_that_many_requests_bring_at_once_is_right_for_all(tmp_path, monkeypatch):
+    file = tmp_path / "keys.json"
+    right = keys.add(file, "web")
+    known = keys.Keys(file)
+    hashed: list[str] = []
+    real = keys._hash
+    monkeypatch.setattr(keys, "_hash", lambda secret, salt: (hashed.append(secret), real(secret, salt))[1])
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(known.check, [right] * 64))
+    assert all(found) and len(hashed) == 1
+
+
 # -- the door
 
 
@@ -127,6 +140,19 @@ def test_roles(guarded, world, tmp_path):
         assert paged.get("/v1/users").status_code == 401
         assert paged.get("/v1/users", headers={"x-api-key": made["use"]}).status_code == 403
         assert paged.get("/v1/users", headers={"x-api-key": made["admin"]}).status_code == 200
+
+
+def test_a_path_that_ends_in_a_line_break_is_no_way_around_the_role(world, tmp_path):
+    """The router's `$` takes a line break at the end; the table of who may go where has to as well."""
+    made = {role: keys.add(tmp_path / "keys.json", role, admin=role == "admin") for role in ("use", "admin")}
+    service = service_of(world, ("rankmixer",), keys=tmp_path / "keys.json", host="0.0.0.0", page=True)
+    with client_of(service) as client:
+        for role, key in made.items():
+            said = {"x-api-key": key, "content-type": "application/json"}
+            assert client.get("/v1/users%0A", headers=said).status_code == 404, role
+            assert client.post("/v1/models/none/activate%0A", content=b"{}", headers=said).status_code == 404
+            assert client.post("/v1/rank%0A", content=b"{}", headers=said).status_code == 404
+        assert client.get("/v1/users%0A").status_code == 401
 
 
 def test_a_key_that_is_removed_is_out_within_a_second(world, tmp_path):

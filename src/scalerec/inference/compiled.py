@@ -23,6 +23,7 @@ from scalerec.inference import golden
 from scalerec.inference.bundle import Bundle
 from scalerec.inference.export import compile_dense, dense_inputs, export_dense, load_dense
 from scalerec.inference.golden import Tolerance
+from scalerec.inference.precision import Experts
 
 Dense = Callable[..., Tensor]
 
@@ -41,6 +42,8 @@ def compiled(bundle: Bundle, cache_dir: Path) -> Dense:
         raise InputError(
             f"{bundle.folder}: weights in int8 are multiplied block by block: serve them without compiling"
         )
+    if any(isinstance(module, Experts) for module in bundle.model.modules()):
+        raise InputError(f"{bundle.folder}: sparse experts in {bundle.precision} are not one graph: compile fp32")
     path = package(bundle, Path(cache_dir))
     if path.exists():
         try:

@@ -75,9 +75,9 @@ class Engine:
         return columns
 
     def missing(self, ask: Ask) -> list[str]:
-        """Input columns that neither the request nor a table gave, read as missing or by their default."""
+        """Input columns that neither the request nor a table gave for all candidates: missing, or their default."""
         known = {*ask.columns, self.schema.user, *self.catalogue.columns, *_lists(self.schema)}
-        known |= {name for row in ask.own for name in row}
+        known |= set.intersection(*map(set, ask.own)) if ask.own else set()
         if ask.now is not None:
             known.add(self.schema.time or "")
         return [name for name in self.schema.input_columns() if name not in known]

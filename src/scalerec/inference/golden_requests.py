@@ -75,8 +75,9 @@ class _Maker:
         return kind.startswith(("int", "uint", "float", "double", "half", "bool", "decimal"))
 
     def _column(self, feature: Any, name: str, side: str) -> list[Any]:
-        if isinstance(feature, Cross):  # of a column that no feature of its own reads
-            feature = next((f for f in self.schema.features if getattr(f, "column", "") == name), feature)
+        if isinstance(feature, Cross):  # a feature that reads the column alone knows its values
+            plain = (f for f in self.schema.features if isinstance(f, (Categorical, Numeric)))
+            feature = next((f for f in plain if (f.column or f.name) == name), feature)
         pool = self._pool(name, feature)
         draw = self._several if isinstance(feature, MultiCategorical) else self._one
         values = [draw(pool[:-1], feature) for _ in range(USERS if side == "user" else USERS * CANDIDATES)]

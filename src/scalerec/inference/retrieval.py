@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from scalerec.batch import FIRST_ID
 from scalerec.errors import InputError
+from scalerec.inference.rows_of import POPULARITY, POPULARITY_BESIDE
 
 if TYPE_CHECKING:
     from scalerec.inference.bundle import Bundle
@@ -61,9 +62,10 @@ class Popular:
     """The items by how often they were shown in training: what users get of whom nothing is known."""
 
     def __init__(self, items: pa.Table, key: str):
-        """`items` is a bundle's item table, most popular first, with the ids in column `key` and `popularity`."""
+        """`items` is a bundle's item table, most popular first, with the ids in column `key` and counts."""
         self.ids: list[Any] = items[key].to_pylist()
-        self.counts = items["popularity"].to_numpy().astype(np.float64)
+        name = POPULARITY_BESIDE if POPULARITY_BESIDE in items.column_names else POPULARITY
+        self.counts = items[name].to_numpy().astype(np.float64)
         self._place = {value: place for place, value in enumerate(self.ids)}
 
     def __len__(self) -> int:

@@ -30,6 +30,7 @@ from scalerec.features.numeric import numbers, transform
 from scalerec.schema import Categorical, Cross, Numeric, Schema, Sequence, Side
 
 POPULARITY = "popularity"  # column of the items: how many training rows show the item
+POPULARITY_BESIDE = "#popularity"  # its name where the schema reads a column of the log that has the other one
 MEASURED = 1_000_000  # of the latest rows it is measured what belongs to the item
 SAME, EXPLAINED = 0.9, 0.5  # share of rows with their item's usual value; share of a number's variance
 
@@ -80,7 +81,8 @@ def item_rows(run: Path | Checkpoint) -> ItemRows:
     items = latest.table().select([schema.item, *own])
     known = items.column(schema.item).to_pylist()
     counts = np.array([popularity.get(item, 0) for item in known], np.int64)
-    items = items.append_column(POPULARITY, pa.array(counts))
+    name = POPULARITY_BESIDE if POPULARITY in schema.input_columns() else POPULARITY
+    items = items.append_column(name, pa.array(counts))
     return ItemRows(items.take(pa.array(np.argsort(-counts, kind="stable"))), context, types)
 
 

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from scalerec.batch import Jagged
 from scalerec.ops.hstu_attention import Normalise
 
+TOGETHER = 128  # candidates of one user: their weights on a thousand tokens stay in the cache between operations
+
 
 def candidate_attention(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, offsets: Tensor, user_of_row: Tensor, *,
@@ -29,11 +31,8 @@ def candidate_attention(
         own = own + own_bias
     users = offsets.numel() - 1
     if users == 1:
-        past = alpha * torch.einsum("bhd,thd->bht", q, keys)
-        if bias is not None:
-            past = past + bias
-        weights, own = _weights(past, own, scale, normalise)
-        return torch.einsum("bht,thd->bhd", weights.to(values.dtype), values) + own[..., None] * v
+        parts = zip((alpha * q).split(TOGETHER), own.split(TOGETHER), v.split(TOGETHER))
+        return torch.cat([_over_one(*part, keys, values, bias, scale, normalise) for part in parts] or [v])
     history, mask = Jagged(torch.cat([keys, values], -1), offsets).padded()  # [U, L, H, K + V]
     keys_ULHK, values_ULHV = history.split([keys.shape[-1], values.shape[-1]], -1)
     place, most = _place(user_of_row, users)
@@ -46,6 +45,25 @@ def candidate_attention(
     weights, own_URH = _weights(past, own_URH, scale, normalise)
     out = torch.einsum("urhl,ulhd->urhd", weights.to(values.dtype), values_ULHV)
     return out[user_of_row, place] + own_URH[user_of_row, place][..., None] * v
+
+
+def _over_one(
+    q: Tensor, own: Tensor, v: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float,
+    normalise: Normalise,
+) -> Tensor:  # fmt: skip
+    """Some candidates of one user, q scaled and `own` [B, H] biased already -> [B, H, V]."""
+    q_HBK, keys_HKT, values_HTV = q.transpose(0, 1), keys.permute(1, 2, 0), values.transpose(0, 1)
+    if bias is not None and bias.dtype == q.dtype:
+        past = torch.baddbmm(bias.expand(len(q_HBK), len(q), -1), q_HBK, keys_HKT)
+    else:
+        past = q_HBK @ keys_HKT
+        past = past if bias is None else past + bias
+    if normalise == "softmax":
+        weights, own = _weights(past.transpose(0, 1), own, scale, normalise)
+        return (weights.transpose(0, 1).to(values.dtype) @ values_HTV).transpose(0, 1) + own[..., None] * v
+    # Scaled behind the products: [B, H, V] numbers instead of [B, H, T].
+    seen = (F.silu(past).to(values.dtype) @ values_HTV).transpose(0, 1)
+    return scale * (seen + F.silu(own).to(v.dtype)[..., None] * v)
 
 
 def candidate_attention_reference(

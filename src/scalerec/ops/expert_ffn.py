@@ -71,8 +71,8 @@ def sparse_experts(
     def token(t: int) -> None:
         total = int(counts[t].sum())
         if total > most:
-            whole = slice(t, t + 1)
-            out_TBD[whole] = masked_experts(*(part[whole] for part in parts))
+            whole = masked_experts(*(part[t : t + 1] for part in parts))
+            out[t] = whole[0].detach().numpy()  # by NumPy: this thread is not in the caller's inference mode
             return
         taken, given = (scratch(name, x_TBD.dtype, total, dim) for name in ("experts in", "experts out"))
         _gather(x[t], order[t], taken.numpy())
@@ -101,7 +101,9 @@ def sparse_experts_in_graphs(
     break_even: float,
 ) -> Tensor:  # fmt: skip
     """`sparse_experts` as one node of an exported or compiled graph, which cannot follow loops over open gates."""
-    return sparse_experts(x_TBD, gates_TBE, up_TEDF, up_bias_TEF, down_TEFD, down_bias_TED, break_even)
+    out_TBD = sparse_experts(x_TBD, gates_TBE, up_TEDF, up_bias_TEF, down_TEFD, down_bias_TED, break_even)
+    # Compiled code takes the strides below for granted, which those of the masked form are not.
+    return out_TBD.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 @sparse_experts_in_graphs.register_fake

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import mimetypes
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -22,6 +21,7 @@ from starlette.routing import Route
 from scalerec.errors import InputError
 from scalerec.inference.batching import Overloaded, TooLate
 from scalerec.serving import answers, keys, requests
+from scalerec.serving.deadline import within
 from scalerec.serving.document import describe, document
 from scalerec.serving.events import identity
 from scalerec.serving.gate import Gate, refusal, refusal_headers
@@ -134,12 +134,12 @@ def _facts(app: FastAPI, service: Service) -> None:
             """Users whose id begins with a text."""
             return _json(await service.find_users(prefix, limit))
 
-        @app.get("/v1/users/{user}", **describe(None, answers.User, 404))
+        @app.get("/v1/users/{user:path}", **describe(None, answers.User, 404))
         async def user(user: Prefix) -> Response:
             """What is known of a user: columns and history."""
             return _json(await service.user(user))
 
-    @app.get("/v1/items/{id}", **describe(None, answers.ItemRow, 404))
+    @app.get("/v1/items/{id:path}", **describe(None, answers.ItemRow, 404))
     async def item(id: Prefix, model: Prefix | None = None) -> Response:
         """The columns of an item, of the first bundle or of that of `model`."""
         return _json(service.item(id, model))
@@ -205,18 +205,14 @@ async def body(request: Request, limits: Limits) -> bytes:
     length = request.headers.get("content-length", "")
     if kind.partition(";")[0].strip().lower() != "application/json" and length != "0":
         raise Refused(415, "must be application/json", "Content-Type")
-    message = await request.receive()
-    if not message.get("more_body", False):  # all there, as nearly always
-        return _within_limit(message.get("body", b""), limits)
-    try:
-        return await asyncio.wait_for(_rest(request, message.get("body", b""), limits), limits.body_seconds)
-    except asyncio.TimeoutError:
-        raise Refused(408, f"the body did not come within {limits.body_seconds:g} seconds", "body") from None
+    slow = Refused(408, f"the body did not come within {limits.body_seconds:g} seconds", "body")
+    return await within(limits.body_seconds, _whole(request, limits), slow)
 
 
-async def _rest(request: Request, first: bytes, limits: Limits) -> bytes:
-    """The rest of a body; what is too long is read to its end but not kept, so that the client hears why."""
-    parts, size, more = [first], len(first), True
+async def _whole(request: Request, limits: Limits) -> bytes:
+    """All of a body; what is too long is read to its end but not kept, so that the client hears why."""
+    parts: list[bytes] = []
+    size, more = 0, True
     while more:
         message = await request.receive()
         if message["type"] == "http.disconnect":
@@ -226,13 +222,9 @@ async def _rest(request: Request, first: bytes, limits: Limits) -> bytes:
             parts.append(message.get("body", b""))
         elif size > 16 * limits.body_bytes:
             break
-    return _within_limit(b"".join(parts) if size <= limits.body_bytes else None, limits)
-
-
-def _within_limit(found: bytes | None, limits: Limits) -> bytes:
-    if found is None or len(found) > limits.body_bytes:
+    if size > limits.body_bytes:
         raise Refused(413, f"at most {limits.body_bytes:,} bytes", "body")
-    return found
+    return b"".join(parts)
 
 
 def _json(answer: Any, status: int = 200) -> Response:

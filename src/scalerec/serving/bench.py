@@ -324,7 +324,7 @@ def run(options: argparse.Namespace) -> None:
         options.url, rate=options.rate, seconds=options.seconds, warm_up=options.warm_up,
         candidates=options.candidates, recommend=options.recommend, repeated=options.repeated, long=options.long,
         users=read_ids(options.users), items=read_ids(options.items), model=options.model,
-        key=options.key_file.read_text().strip() if options.key_file else None, seed=options.seed,
+        key=_lines(options.key_file)[0] if options.key_file else None, seed=options.seed,
         timeout_s=options.timeout, remote=options.remote, out=options.out,
     )  # fmt: skip
     if options.json:
@@ -358,13 +358,16 @@ def show(figures: dict[str, Any]) -> None:
 
 def read_ids(file: Path | None) -> list[Any]:
     """Ids of a file, one a line; a line of digits is a whole number."""
-    if file is None:
-        return []
+    lines = [] if file is None else _lines(file)
+    return [int(line) if line.lstrip("-").isdecimal() else line for line in lines]
+
+
+def _lines(file: Path) -> list[str]:
+    """The lines of a file that are not empty; InputError where there are none."""
     try:
-        lines = [line.strip() for line in file.read_text().splitlines()]
+        found = [line for text in file.read_text().splitlines() if (line := text.strip())]
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}") from None
-    found = [int(line) if line.lstrip("-").isdecimal() else line for line in lines if line]
     if not found:
-        raise InputError(f"{file}: no ids in it, one a line is needed")
+        raise InputError(f"{file}: nothing in it")
     return found

@@ -28,6 +28,8 @@ class Columns:
         self._stored = {name: kind for name, text in told.items() if (kind := _kind(text))}
         self.timestamps = None if schema.time not in told else told[schema.time].startswith(("timestamp", "date"))
         self._of_items = set(items.column_names)
+        of_users = (f for group in schema.groups if group.side == "user" for f in group.features)
+        self._of_users = {name for feature in of_users for name, _ in self._read(feature, encoder)}
         self.inputs: dict[str, list[Kind]] = {}
         for feature in schema.features:
             for name, kind in self._read(feature, encoder):
@@ -56,6 +58,8 @@ class Columns:
                 )
             if where == "context" and name in self._of_items:  # the engine would take the item's own
                 raise Refused(422, "belongs to the item: give it with a candidate", f"context.{name}")
+            if where != "context" and name in self._of_users:  # read once for all candidates
+                raise Refused(422, "belongs to the user: give it in context", f"{where}.{name}")
             check(kinds, value, f"{where}.{name}")
 
     def own(self, given: Mapping[str, Any]) -> dict[str, Any]:

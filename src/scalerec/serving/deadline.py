@@ -12,8 +12,8 @@ from scalerec.serving.requests import Refused
 Result = TypeVar("Result")
 
 
-async def within(seconds: float, work: Awaitable[Result]) -> Result:
-    """The result, or Refused (503) after so many seconds; without a task of its own for each call."""
+async def within(seconds: float, work: Awaitable[Result], refused: Refused | None = None) -> Result:
+    """The result, or Refused (503, or as said) after so many seconds; without a task of its own for each call."""
     task = asyncio.current_task()
     assert task is not None
     late = False
@@ -30,7 +30,7 @@ async def within(seconds: float, work: Awaitable[Result]) -> Result:
         if not late:
             raise
         getattr(task, "uncancel", int)()  # Python 3.11 counts cancellations
-        raise Refused(503, "took too long and was given up", retry_after=1) from None
+        raise refused or Refused(503, "took too long and was given up", retry_after=1) from None
     finally:
         timer.cancel()
 

@@ -33,7 +33,7 @@ from scalerec.serving.metrics import Metrics
 from scalerec.serving.settings import Settings
 
 _TICK = 0.5  # seconds between looks at the clock
-_TOGETHER = 64  # requests made into rows at once
+_TOGETHER, _TOGETHER_ROWS = 64, 4_096  # requests made into rows at once; each row carries its user's history
 
 
 class Shown(NamedTuple):
@@ -109,9 +109,13 @@ class ExposureLog:
     def _waiting(self) -> list[Shown | None]:
         """What is in the queue, at most `_TOGETHER`: encoded at once it takes a fraction of the time."""
         found: list[Shown | None] = []
+        rows = 0
         try:
             found.append(self._queue.get(timeout=_TICK))
             while len(found) < _TOGETHER and found[-1] is not None:
+                rows += len(found[-1].ask.candidates)
+                if rows >= _TOGETHER_ROWS:
+                    break
                 found.append(self._queue.get_nowait())
         except queue.Empty:
             pass
@@ -142,7 +146,7 @@ class ExposureLog:
     def _write(self) -> None:
         """One file for each model's rows, complete before it has its name."""
         held, self._held, self._since = self._held, {}, None
-        for (model, version), tables in held.items():
+        for (model, version), tables in ((key, some) for key, all_of in held.items() for some in _alike(all_of)):
             rows = sum(map(len, tables))
             try:
                 write_file(self._path(model, version), tables)
@@ -190,6 +194,18 @@ def rows_of(shown: Sequence[Shown]) -> pa.Table:
     encoded = encoded_columns(engine.encode(asks), engine.bundle.layout)
     columns |= {f"encoded.{name}": column for name, column in encoded.items()}
     return pa.table(columns)
+
+
+def _alike(tables: list[pa.Table]) -> list[list[pa.Table]]:
+    """All together, or those of each schema where a request brought values of another type than the others."""
+    try:
+        pa.unify_schemas([table.schema for table in tables], promote_options="permissive")
+        return [tables]
+    except pa.ArrowException:
+        apart: dict[pa.Schema, list[pa.Table]] = {}
+        for table in tables:
+            apart.setdefault(table.schema, []).append(table)
+        return list(apart.values())
 
 
 def write_file(path: Path, tables: Sequence[pa.Table]) -> None:

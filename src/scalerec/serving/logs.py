@@ -24,7 +24,7 @@ class _Lines(logging.Formatter):
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
-            "event": str(record.msg),
+            "event": "event_loop_failed" if record.name == "asyncio" else str(record.msg),  # its texts hold arguments
             **fields,
         }
         if record.exc_info and record.exc_info[1] is not None:
@@ -33,10 +33,10 @@ class _Lines(logging.Formatter):
 
 
 def start() -> None:
-    """Send the service's and uvicorn's records to standard error as JSON lines; called by the command only."""
+    """Send the service's, uvicorn's and the event loop's records to standard error as JSON lines; called by the command only."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Lines())
-    for name in ("scalerec.serving", "uvicorn.error"):
+    for name in ("scalerec.serving", "uvicorn.error", "asyncio"):
         log = logging.getLogger(name)
         log.handlers, log.propagate = [handler], False
         log.setLevel(logging.INFO if name == "scalerec.serving" else logging.WARNING)

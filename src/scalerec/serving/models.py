@@ -91,7 +91,7 @@ class Served:
         if ask.now is not None and self.engine.schema.time in missing:
             missing.remove(self.engine.schema.time)
         if ask.own:
-            own = {name for row in ask.own for name in row}
+            own = set.intersection(*map(set, ask.own))
             missing = [name for name in missing if name not in own]
         return missing
 

@@ -85,18 +85,30 @@ def write_state(run: str | Path, folder: str | Path, progress: Callable[[str], N
     schema = Encoder.load(found).schema
     where = place(folder, identity(schema))
     users = where / "users.parquet"
+    building = users.with_name(".building-users.parquet")
     if users.exists():
         progress(f"{where}: histories of this kind are there already and stay as they are")
+        pq.write_table(_with_columns(pq.read_table(users), user_rows(found), schema.user), building, compression="zstd")
+        os.replace(building, users)
         return {"state": str(folder)}
     store = open_store(f"lmdb:{where}", schema)
     try:
+        # Read and written first: histories that are filled, beside no users, would be served as if nobody had columns.
+        pq.write_table(user_rows(found), building, compression="zstd")
         counts = seed(found, store, progress=progress)
     finally:
         store.close()
-    building = users.with_name(".building-users.parquet")
-    pq.write_table(user_rows(found), building, compression="zstd")
     os.replace(building, users)
     return {"state": str(folder), "users": counts["users"], "events": counts["events"]}
+
+
+def _with_columns(users: pa.Table, others: pa.Table, user: str) -> pa.Table:
+    """The rows of users with what only `others` know of them: another run may read more of its users than the first."""
+    at = pc.index_in(whole(users.column(user)), whole(others.column(user)))
+    for name in others.column_names:
+        if name not in users.column_names:
+            users = users.append_column(name, whole(others.column(name)).take(at))
+    return users
 
 
 class _Log(NamedTuple):

@@ -36,7 +36,7 @@ from scalerec.serving.requests import (
     Refused,
 )
 from scalerec.serving.settings import Settings
-from scalerec.serving.states import States, clock, last_time, moment
+from scalerec.serving.states import States, clock, moment
 from scalerec.serving.store import Known, StoreUnavailable
 from scalerec.serving.tables import UserTable
 
@@ -98,9 +98,11 @@ class Service:
     async def recommend(self, request: RecommendRequest) -> Answer:
         started = time.perf_counter()
         ranker, bucket = self.models.pick(request.user, request.model)
-        if max(request.k, request.retrieve) > self.settings.limits.candidates:
-            field = "retrieve" if request.retrieve >= request.k else "k"
-            raise Refused(422, f"at most {self.settings.limits.candidates:,} here", field)
+        most = self.settings.limits.candidates
+        for field in ("retrieve", "k"):
+            if getattr(request, field) > most and field in request.model_fields_set:
+                raise Refused(422, f"at most {most:,} here", field)
+        request = request.model_copy(update={"retrieve": min(request.retrieve, most), "k": min(request.k, most)})
         for field in ("allow", "deny"):
             ranker.columns.candidates(getattr(request, field) or (), field)
         finder = self.models.retriever(request.retriever, ranker)
@@ -185,7 +187,7 @@ class Service:
         for one in self.states.kept:
             found |= dict.fromkeys(await self._within(self._reads.run(lambda one=one: one.store.users(prefix, limit))))
         for table in self.users:
-            found |= dict.fromkeys(table.users(prefix, limit))
+            found |= dict.fromkeys(await self._reads.run(lambda table=table: table.users(prefix, limit)))
         return {"users": sorted(found, key=lambda user: (str(user) != prefix, str(user)))[:limit]}
 
     async def user(self, text: str) -> Answer:
@@ -337,7 +339,7 @@ class Service:
         columns.user(request.user)
         columns.context(request.context)
         known: Known = await self._known(kept, request.user, None)
-        last = last_time(known.history, schema)
+        last = known.last
         now, behind = None, False
         if schema.time is not None:
             now = clock(columns) if request.time is None else moment(request.time, columns, "time")

@@ -34,7 +34,7 @@ class Settings(Frozen):
     """All that `create_app` needs; ValueError where what they say together is not safe."""
 
     bundles: Annotated[tuple[Path, ...], Field(min_length=1)]
-    weights: dict[str, Annotated[float, Field(ge=0)]] = {}  # by model; none: the first bundle gets all requests
+    weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}  # by model; none: the first bundle gets all requests
     salt: str = "scalerec"  # of the A/B buckets; another salt deals users anew
     precision: Literal["fp32", "bf16", "int8"] = "fp32"
     index: Literal["exact", "faiss"] = "exact"

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from scalerec.errors import InputError
-from scalerec.features import history
 from scalerec.schema import Schema
 from scalerec.serving import logs
 from scalerec.serving.columns import Columns, check
@@ -82,6 +81,8 @@ class States:
                 one.health.failed(error)
             if one.well:
                 one.health.worked()
+            else:
+                one.health.failed(StoreUnavailable())  # said once, if the line above did not
         return self.well
 
     @property
@@ -111,17 +112,6 @@ class States:
     def close(self) -> None:
         for one in self.kept:
             one.store.close()
-
-
-def last_time(state: history.State, schema: Schema) -> Any:
-    """The time of the user's last event among sequences that keep times, or None."""
-    last = None
-    for sequence in schema.sequences:
-        entries = state.get(sequence.name)
-        if sequence.time and entries:
-            when = entries[-1][len(sequence.fields)]
-            last = when if last is None or when > last else last
-    return last
 
 
 def clock(columns: Columns) -> Any:

@@ -29,6 +29,7 @@ class Known(NamedTuple):
     history: history.State
     seen: list[Any]  # item ids of all kept events, each once
     stale: bool  # from memory, since the store cannot be reached
+    last: Any = None  # the time of the latest event that is kept
 
 
 class Store(ABC):
@@ -102,7 +103,8 @@ class Store(ABC):
             what = f"{before} is no time like those of the user's history"
             raise InputError(f"{self.schema.time!r}: {what}") from None
         seen = {entry[i]: None for name, i in self._items for _, entry in past.get(name, ()) if entry[i] is not None}
-        return Known(state, list(seen), stale)
+        times = [events[-1][0] for events in past.values() if events and events[-1][0] is not None]
+        return Known(state, list(seen), stale, max(times, default=None))
 
 
 def open_store(url: str, schema: Schema, kinds: Mapping[str, Kind] | None = None) -> Store:
