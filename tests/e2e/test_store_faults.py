@@ -62,7 +62,7 @@ def test_redis_stopped_and_started_again(server: RedisServer) -> None:
     server.kill()
     began = time.monotonic()
     assert store.known(1) == fresh._replace(stale=True)
-    assert store.known("nobody") == ({}, [], True)
+    assert store.known("nobody") == ({}, [], True, None)
     with pytest.raises(StoreUnavailable):
         store.append([event("1 2")])
     assert not store.healthy()
@@ -79,7 +79,7 @@ def test_redis_stopped_and_started_again(server: RedisServer) -> None:
 def test_a_service_may_start_before_its_redis(server: RedisServer) -> None:
     server.kill()
     store = Remembered(open_store(server.url, SCHEMA), retry_s=0.1)
-    assert store.known(1) == ({}, [], True)
+    assert store.known(1) == ({}, [], True, None)
     server.start()
     time.sleep(0.15)
     assert store.append([event("1 0")]) == [True]

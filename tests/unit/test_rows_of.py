@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from datetime import date, datetime
 
 import numpy as np
 import pyarrow as pa
+import pytest
 
+from scalerec.batch import UNKNOWN
+from scalerec.errors import InputError
 from scalerec.inference import bundle
 from scalerec.inference.catalogue import Catalogue
 from scalerec.inference.retrieval import Popular
@@ -85,6 +89,29 @@ def test_a_log_may_have_a_popularity_of_its_own(tmp_path):
         assert Popular(found.items, "item").counts.tolist() == [11, 11, 11]
         served = Catalogue(found.encoder, found.items).columns
         assert ("popularity" in served) == owned == ("popularity" not in found.context)
+
+
+@pytest.mark.parametrize("vocabulary", ["hash", "dictionary"])
+def test_a_day_may_be_a_category_of_the_moment(tmp_path, vocabulary):
+    """Its default is the text that it is encoded by; of a moment there is no such text, which is said in one line."""
+    rows = [
+        {"user": f"u{n % 4}", "item": n % 3, "day": date(2020, 1, 1 + n * 7 % 11), "click": n % 2} for n in range(33)
+    ]
+    item = (Categorical(name="item"), Categorical(name="day", vocabulary=vocabulary, buckets=50))
+    schema = Schema(
+        groups=(Group(name="user", side="user", features=(Categorical(name="user"),)),
+                Group(name="item", side="item", features=item)),
+        tasks=(Task(name="click"),), user="user", item="item", dim=8,
+    )  # fmt: skip
+    found = bundle.export(saved_run(tmp_path / "run", dcnv2.tiny(), pa.Table.from_pylist(rows), schema), tmp_path / "b")
+    day = pa.array([date.fromisoformat(found.context["day"])])
+    ids = [found.encoder.encode_side(pa.record_batch({"day": values}), "item", ["day"]).ids.tolist()
+           for values in (day, pa.array([found.context["day"]]))]  # fmt: skip
+    assert ids[0] == ids[1] != [[UNKNOWN]]
+    moments = pa.Table.from_pylist([{**row, "day": datetime(2020, 1, row["day"].day)} for row in rows])
+    run = saved_run(tmp_path / "moments", dcnv2.tiny(), moments, schema)
+    with pytest.raises(InputError, match="'day' holds datetime values"):
+        bundle.export(run, tmp_path / "c")
 
 
 def test_what_belongs_to_an_item_is_measured():

@@ -271,7 +271,7 @@ def test_what_was_known_last_is_served_and_called_stale() -> None:
     known = store.known(3)
     assert known.stale and store.stale and [entry[2] for entry in known.history["all"]] == [10, 11]
     assert list(known.seen) == [5]
-    assert store.known(1) == ({}, [], True)
+    assert store.known(1) == ({}, [], True, None)
     assert store.history(3, before=11) == {"all": ((5, "m", 10, 0),), "liked": ((5,),), "slow": (("m",),)}
     asked = flaky.asked
     store.known(2)

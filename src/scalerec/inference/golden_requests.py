@@ -147,7 +147,8 @@ class _Maker:
 
     def _array(self, name: str) -> pa.Array:
         kind = self.types.get(name, "")
-        if "timestamp" in kind or "date" in kind:
+        times = {self.schema.time, *(sequence.time_column for sequence in self.schema.sequences)}
+        if name in times and ("timestamp" in kind or "date" in kind):  # a category's moments are texts
             moment = pa.timestamp("us")
             return pa.array(self.columns[name], pa.list_(moment) if "list" in kind else moment)
         return pa.array(self.columns[name])

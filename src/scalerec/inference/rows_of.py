@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -251,7 +253,7 @@ def _apart(recent: pa.Table, schema: Schema, columns: dict[str, Numeric | None])
                 own.append(name)
             else:
                 values, first, counts = np.unique(codes, return_index=True, return_counts=True)
-                context[name] = column[int(first[counts.argmax()])].as_py()
+                context[name] = _for_json(column[int(first[counts.argmax()])].as_py(), name)
             continue
         values = numbers(column, name)[0]
         if explained_share(item, transform(values, feature.log)) >= EXPLAINED:
@@ -261,6 +263,13 @@ def _apart(recent: pa.Table, schema: Schema, columns: dict[str, Numeric | None])
             median = present[(len(present) - 1) // 2].item() if len(present) else None  # a value that occurred
             context[name] = int(median) if median is not None and pa.types.is_integer(column.type) else median
     return own, context
+
+
+def _for_json(value: Any, name: str) -> Any:
+    """A default as the manifest can hold it: dates and decimals by their text, which is what is encoded of them."""
+    if isinstance(value, (datetime, bytes)):
+        raise InputError(f"column {name!r} holds {type(value).__name__} values that are not the item's own: cast it")
+    return str(value) if isinstance(value, (date, Decimal)) else value
 
 
 def usual_share(item: np.ndarray, value: np.ndarray) -> float:

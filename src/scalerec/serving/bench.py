@@ -369,5 +369,5 @@ def _lines(file: Path) -> list[str]:
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}") from None
     if not found:
-        raise InputError(f"{file}: nothing in it")
+        raise InputError(f"{file}: no ids or key in it, one a line is needed")
     return found

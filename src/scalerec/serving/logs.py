@@ -33,7 +33,7 @@ class _Lines(logging.Formatter):
 
 
 def start() -> None:
-    """Send the service's, uvicorn's and the event loop's records to standard error as JSON lines; called by the command only."""
+    """Send the records of the service, uvicorn and asyncio to standard error as JSON lines; for the command only."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Lines())
     for name in ("scalerec.serving", "uvicorn.error", "asyncio"):

@@ -11,6 +11,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from scalerec.schema import Frozen
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Limits(Frozen):
@@ -34,7 +35,7 @@ class Settings(Frozen):
     """All that `create_app` needs; ValueError where what they say together is not safe."""
 
     bundles: Annotated[tuple[Path, ...], Field(min_length=1)]
-    weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}  # by model; none: the first bundle gets all requests
+    weights: dict[str, Weight] = {}  # by model; none: the first bundle gets all requests
     salt: str = "scalerec"  # of the A/B buckets; another salt deals users anew
     precision: Literal["fp32", "bf16", "int8"] = "fp32"
     index: Literal["exact", "faiss"] = "exact"
