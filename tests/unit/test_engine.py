@@ -133,14 +133,6 @@ def test_a_grown_history_reuses_the_state(world):
     assert again.cached in ("partial_hits", "recomputed_shifted")
 
 
-def test_missing_columns_are_named(world):
-    engine = engine_of(world, MODELS["rankmixer"])
-    assert engine.missing(asked(0, [1])) == ["views"]
-    assert engine.missing(asked(0, [1], own=[{"views": 1}])) == []
-    assert engine.missing(asked(0, [1, 2], own=[{"views": 1}, {}])) == ["views"]  # the other gets the default
-    assert engine.missing(Ask("u0", {}, {}, [1])) == ["city", "age", "income", "interests", "views", "time"]
-
-
 @pytest.mark.parametrize("kind", MODELS)
 def test_no_candidates_no_scores(world, kind):
     assert engine_of(world, MODELS[kind]).rank([asked(0, [])])[0].scores.shape == (0, 2)

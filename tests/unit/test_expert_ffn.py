@@ -43,6 +43,15 @@ def test_tokens_computed_whole_on_threads_of_inference_mode(monkeypatch):
         torch.set_num_threads(before)
 
 
+def test_parameters_on_threads_take_no_gradients(monkeypatch):
+    monkeypatch.setattr("scalerec.ops.expert_ffn.SMALLEST", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    given = parts(3, 5, 8, 4, 6)
+    own = [torch.nn.Parameter(part) for part in given[2:]]
+    with torch.no_grad():
+        torch.testing.assert_close(sparse_experts(*given[:2], *own), masked_experts(*given))
+
+
 def test_experts_in_bf16_are_not_compiled(tmp_path):
     config = rankmixer.tiny().model_copy(update={"experts": ExpertsConfig(count=4, active=0.5)})
     model = convert(config.build(make_world().encoder.layout), "bf16")

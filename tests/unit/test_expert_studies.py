@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -182,7 +183,7 @@ def reduce() -> None:
     rank = dist.get_rank()
     for share in (0.5, 0.3):  # together .25, then .15
         control.update(RouterStep(opened=[torch.full((2, 4), 10.0 * share * (rank == 0))], served=10))
-        print(rank, float(control.strength / WEAKEST), flush=True)
+        sys.stdout.write(f"{rank} {float(control.strength / WEAKEST)}\n")  # whole lines: both write into one pipe
     dist.destroy_process_group()
 
 
@@ -190,7 +191,9 @@ def reduce() -> None:
 @pytest.mark.slow
 def test_processes_agree_on_lambda():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    root = Path(__file__).parents[2]
+    source = os.pathsep.join([str(root / "src"), str(root)])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": source})
     assert done.returncode == 0, done.stderr
     found: dict[str, list[float]] = {"0": [], "1": []}
     for line in done.stdout.splitlines():

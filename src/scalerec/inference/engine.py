@@ -74,14 +74,6 @@ class Engine:
             columns[self.schema.time] = ask.now
         return columns
 
-    def missing(self, ask: Ask) -> list[str]:
-        """Input columns that neither the request nor a table gave for all candidates: missing, or their default."""
-        known = {*ask.columns, self.schema.user, *self.catalogue.columns, *_lists(self.schema)}
-        known |= set.intersection(*map(set, ask.own)) if ask.own else set()
-        if ask.now is not None:
-            known.add(self.schema.time or "")
-        return [name for name in self.schema.input_columns() if name not in known]
-
     def raw(self, asks: Sequence[Ask]) -> pa.RecordBatch:
         """The rows that a training log would hold of n requests, all input columns, one row a candidate."""
         user, asked = self._user_rows(asks), self._asked(asks)
@@ -197,10 +189,6 @@ class Engine:
         return {
             name: self._probabilities(logits) for name, logits in ablated(self.bundle.model, batch, self.schema.groups)
         }
-
-
-def _lists(schema: Any) -> list[str]:
-    return [column for sequence in schema.sequences for column in sequence.list_columns()]
 
 
 def _side_columns(engine: Engine, side: str) -> list[str]:

@@ -88,8 +88,9 @@ def sparse_experts(
     workers = min(torch.get_num_threads(), tokens)
 
     def part(first: int) -> None:
-        for t in range(first, tokens, workers):
-            token(t)
+        with torch.no_grad():  # whether gradients are taken is each thread's own matter
+            for t in range(first, tokens, workers):
+                token(t)
 
     in_threads(part, workers)
     return out_TBD

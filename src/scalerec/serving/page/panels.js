@@ -2,9 +2,8 @@
 
 import { count, h, ms, plural, score, show, signed } from "./dom.js";
 
-const STAGES = ["store", "retrieve", "queue", "features", "user", "candidates"];
+const STAGES = ["store", "retrieve", "features", "user", "candidates"];
 const SAYS = {
-  queue: "waiting for the model",
   store: "history and user row from the store",
   retrieve: "search in the catalogue",
   features: "rows to ids",
