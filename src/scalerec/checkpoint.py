@@ -86,7 +86,7 @@ def save(
             # By numpy, which takes tables that are views of one tensor as they are.
             save_file({key: _array(value) for key, value in values.items()}, building / f"{name}.safetensors")
         (building / "state.json").write_text(json.dumps(state))
-        _to_disk(building)
+        to_disk(*building.rglob("*"), building)
         building.rename(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(building, ignore_errors=True)
@@ -135,8 +135,9 @@ def _array(tensor: Tensor) -> np.ndarray:
     return np.ascontiguousarray(tensor.detach().cpu().numpy())
 
 
-def _to_disk(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
+def to_disk(*paths: Path) -> None:
+    """See files and folders on the disk, so that they survive a loss of power."""
+    for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

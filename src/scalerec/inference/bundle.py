@@ -202,24 +202,15 @@ def _atomically(out: Path, write: Callable[[Path], None]) -> None:
     try:
         building.mkdir(parents=True)
         write(building)
-        for path in [*building.rglob("*"), building]:
-            _to_disk(path)
+        checkpoint.to_disk(*building.rglob("*"), building)
         building.rename(out)
-        _to_disk(out.parent)
+        checkpoint.to_disk(out.parent)
     except (OSError, SafetensorError, pa.ArrowException) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         why = "the disk is full; free some space" if full else f"{error}; mend that"
         raise InputError(f"{out}: not exported, {why} and export again") from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # -- reading

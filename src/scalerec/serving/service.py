@@ -294,9 +294,6 @@ class Service:
         """The user's columns; {} where no table has them."""
         return {name: value for table in reversed(self.users) for name, value in table.row(user).items()}
 
-    def _store(self, served: Served) -> Any:
-        return self.states.of(served.engine.schema)
-
     def _deadline(self) -> float:
         return time.monotonic() + self.settings.limits.wait_ms / 1e3
 
@@ -335,7 +332,8 @@ class Service:
         self, served: Served, request: RankRequest | RecommendRequest, ids: Sequence[Any], own: Sequence[Mapping]
     ) -> Moment:
         """The request as the engine takes it, with the user's history and row."""
-        columns, kept, schema = served.columns, self._store(served), served.engine.schema
+        columns, schema = served.columns, served.engine.schema
+        kept = self.states.of(schema)
         columns.user(request.user)
         columns.context(request.context)
         known: Known = await self._known(kept, request.user, None)
