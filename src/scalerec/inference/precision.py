@@ -219,7 +219,7 @@ class Experts(ExpertFFN):
 
     def __init__(self, whole: ExpertFFN, make: type[Weight]):
         nn.Module.__init__(self)
-        self.tokens, self.config, self.break_even = whole.tokens, whole.config, whole.break_even
+        self.tokens, self.config = whole.tokens, whole.config
         self.router, self.train_router = whole.router, None  # training's router serves nobody
         self.up_bias, self.down_bias = whole.up_bias, whole.down_bias
         self.register_buffer("allowed", whole.allowed, persistent=False)
