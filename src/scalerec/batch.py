@@ -47,9 +47,9 @@ class Jagged:
         lengths = self.lengths
         longest = max(int(lengths.max()) if len(self) else 0, 1)
         mask = torch.arange(longest, device=lengths.device) < lengths[:, None]
-        out = self.values.new_full((*mask.shape, *self.values.shape[1:]), fill)
-        out[mask] = self.values
-        return out, mask
+        out = self.values.new_full((mask.numel(), *self.values.shape[1:]), fill)
+        out.index_copy_(0, mask.flatten().nonzero()[:, 0], self.values)
+        return out.unflatten(0, mask.shape), mask
 
     @staticmethod
     def cat(parts: Sequence[Jagged]) -> Jagged:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, required=True)
     command.add_argument("--skip-bad-shards", action="store_true")
     command = add("compare", compare, "train recipes under several seeds and report paired differences")
-    command.add_argument("recipe", nargs="+")
+    command.add_argument("recipe", nargs="+", help="variants of one as RECIPE+model.time_bias=false")
     command.add_argument("--seeds", type=int, default=5)
     command.add_argument("--out", type=Path, required=True)
     command.add_argument("--reference", action="store_true", help="LightGBM on the same columns as one more row")
@@ -125,11 +126,21 @@ def _changes(rest: list[str]) -> dict[str, str]:
 
 
 def _run(recipe: str, changes: dict[str, str]) -> Any:
+    """The run of "RECIPE", changed; "RECIPE+path=value" is a variant of it, which is named by what it changes."""
     from scalerec.recipes.catalogue import find
     from scalerec.training.run import Run
 
+    recipe, *own = re.split(r"\+(?=[a-z][\w.]*=)", recipe)
     run = config.read(Run, recipe) if recipe.endswith(".json") else find(recipe)
-    return config.override(run, changes)
+    run = config.override(run, changes | dict(_pair(change) for change in own))
+    return run.model_copy(update={"name": "+".join([run.name, *own])})
+
+
+def _pair(change: str) -> tuple[str, str]:
+    path, _, value = change.partition("=")
+    if "/" in value:
+        raise InputError(f"+{change}: a variant is a folder's name too and cannot hold '/': use --{path} for all runs")
+    return path, value
 
 
 def data(options: argparse.Namespace) -> None:

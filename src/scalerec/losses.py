@@ -233,9 +233,9 @@ def distinct(rows: int, *ids: Tensor) -> tuple[Tensor, ...]:
     """
     present = torch.zeros(rows, dtype=torch.bool, device=ids[0].device)
     for some in ids:
-        present[some.flatten()] = True
+        present.index_fill_(0, some.flatten(), True)
     place = present.cumsum(0) - 1
-    return present.nonzero()[:, 0], *(place[some] for some in ids)
+    return present.nonzero()[:, 0], *(place.index_select(0, some.flatten()).view(some.shape) for some in ids)
 
 
 def log_frequency(ids: Tensor, rows: int) -> Tensor:

@@ -139,5 +139,15 @@ def test_compare_reports_paired_intervals(train, log, schema_file, tmp_path, cap
     assert found["seeds"] == 2 and len(entry["values"]) == 2
     assert "small" in (tmp_path / "c/report.md").read_text() and (tmp_path / "c/report.png").stat().st_size > 5_000
     stamp = (tmp_path / "c/rankmixer_parquet/seed-0/metrics.json").stat().st_mtime_ns
+    variant = "rankmixer_parquet+model.num_layers=1+training.optimizer.lr=1e-4"
+    command[2:3] = [variant]
     assert main(command) == 0, "what is finished is not trained again"
     assert (tmp_path / "c/rankmixer_parquet/seed-0/metrics.json").stat().st_mtime_ns == stamp
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [model["name"] for model in found["models"]] == ["rankmixer_parquet", variant]
+    trained = json.loads((tmp_path / "c" / variant / "seed-0/best/config.json").read_text())
+    assert trained["model"]["num_layers"] == 1 and trained["training"]["optimizer"]["lr"] == 1e-4
+    assert main(["describe", "rankmixer_parquet+model.layers=1", *data]) == 2
+    assert "no such option; did you mean --model.num_layers" in capsys.readouterr().err
+    assert main(["describe", "rankmixer_parquet+data.path=/x", *data]) == 2
+    assert "cannot hold '/'" in capsys.readouterr().err

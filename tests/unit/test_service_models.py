@@ -177,6 +177,13 @@ def test_models_of_two_kinds_of_histories_each_have_theirs(world):
         assert found.json() == {"appended": 4, "repeated": 0}
         lengths = [len(one.store.history("u9")["seen"]) for one in states.kept]
         assert lengths == [4, 2]
+    picky = States(["memory:"])
+    picky.add(columns, {}, lambda item: {})
+    picky.add(second, {second.schema.item: "text"}, lambda item: {})
+    with client_of(service_of(world, ("rankmixer",), states=picky)) as client:
+        refused = client.post("/v1/events", json={"events": [event(0, "u9")]})
+        assert refused.status_code == 422 and "a text there" in refused.json()["error"], refused.text
+    assert [one.store.count() for one in picky.kept] == [0, 0]  # what the second refuses is not in the first either
     elsewhere = States(["redis://h/0"], lambda url, schema, kinds: states.kept[0].store)
     elsewhere.add(columns, {}, lambda item: {})
     with pytest.raises(InputError, match="one --state for each"):
@@ -222,6 +229,16 @@ def test_work_is_given_up_and_lanes_are_full():
         go.set()
         assert await asyncio.gather(*waiting) == [True, True]
         assert await lane.run(lambda: 3) == 3
+        go.clear()
+        for _ in range(2):  # given up by who asked, but the thread is not done with it, or has it before it
+            with pytest.raises(Refused, match="too long"):
+                await within(0.01, lane.run(lambda: go.wait(5)))
+        waits = asyncio.create_task(lane.run(lambda: 4))  # in the place of the one that never began
+        await asyncio.sleep(0.01)
+        with pytest.raises(Refused, match="too many things"):
+            await lane.run(lambda: None)
+        go.set()
+        assert await waits == 4
         lane.close()
 
     asyncio.run(run())

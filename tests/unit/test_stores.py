@@ -188,6 +188,19 @@ def test_after_a_panic_the_store_is_opened_again(tmp_path: Path) -> None:
         with pytest.raises(StoreUnavailable, match="MDB_PANIC"):
             call()
         assert [entry[2] for entry in store.history(1)["all"]] == [10]
+    opens = store._open
+    store._env, Panics.real = Panics(), store._env
+
+    def fails() -> None:
+        raise lmdb.DiskError("Input/output error")
+
+    store._open = fails  # and as long as it cannot be opened, every call says so and tries again
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable, match="cannot be read"):
+            store.history(1)
+    store._open = opens
+    with pytest.raises(StoreUnavailable):
+        store.history(1)
     assert store.append([event("a"), event("b", time=11)]) == [False, True]
     store.close()
 

@@ -181,8 +181,8 @@ class HSTU(SequentialModel):
             values.append(v)
         at_end = x.new_zeros(len(now), x.shape[1]).index_copy(0, has, x[ends])
         return State(
-            x[tokens.after], at_end, keys, values, tokens.offsets, tokens.times, now, x, tokens.event,
-            tokens.vectors[tokens.event],
+            x.index_select(0, tokens.after), at_end, keys, values, tokens.offsets, tokens.times, now, x, tokens.event,
+            tokens.vectors.index_select(0, tokens.event),
         )  # fmt: skip
 
     def through(self, layer: HSTULayer, x: Tensor, across: Across) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,9 +200,9 @@ class HSTU(SequentialModel):
 
     def enter(self, vectors: Tensor, positions: Tensor, times: Tensor, now: Tensor) -> Tensor:
         """Token vectors [n, D] with their place (and age), scaled and dropped out."""
-        x = vectors * self.config.dim**0.5 + self.place[positions]
+        x = vectors * self.config.dim**0.5 + self.place.index_select(0, positions)
         if self.age is not None:
-            x = x + self.age[((now - times).clamp(min=0) / 60).sqrt().long().clamp(max=AGES - 1)]
+            x = x + self.age.index_select(0, ((now - times).clamp(min=0) / 60).sqrt().long().clamp(max=AGES - 1))
         return self.dropout(x)
 
     def positions(self, tokens: Tokens) -> Tensor:

@@ -53,9 +53,9 @@ class Events:
     @staticmethod
     def of(sequence: EmbeddedSequence) -> Events:
         mask = sequence.mask
-        lengths = mask.sum(1)
+        lengths, at = mask.sum(1), mask.flatten().nonzero()[:, 0]
         return Events(
-            sequence.values[mask],
+            sequence.values.flatten(0, 1).index_select(0, at),
             torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
             torch.repeat_interleave(torch.arange(len(mask), device=mask.device), lengths),
             None if sequence.times is None else sequence.times[mask],
@@ -196,7 +196,7 @@ class SequentialModel(Model):
 
     def next_item(self, state: Encoded, goal: Foreseen, pool: Tensor) -> Term:
         """Softmax over items at every event after which one is to be foreseen (spec C.6)."""
-        queries = F.normalize(state.at_event[goal.at].float(), dim=-1, eps=1e-6)
+        queries = F.normalize(state.at_event.index_select(0, goal.at).float(), dim=-1, eps=1e-6)
         pool = F.normalize(pool.float(), dim=-1, eps=1e-6)
         weights, temperature = torch.ones(len(queries), device=queries.device), self.config.temperature
         if goal.negatives is None:

@@ -13,102 +13,69 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from scalerec.ops._hstu_plan import AttentionPlan, Group, Places, Tile, Times, cut, tile_buckets
+from scalerec.ops._hstu_pairs import slopes, weigh
+from scalerec.ops._hstu_plan import AttentionPlan, Group, Places, Times, bucket_type, cut, tile_buckets
 from scalerec.ops._threads import in_threads, scratch
 
 BLOCK = 1 << 18  # scores at once: few enough for the second cache, and worth the call
-NEVER = -1e30  # a score whose SiLU and its slope are zero
-LANES = 4  # copies of the time table that gradients are added to in turns: the same entry twice in a row waits
+NOTHING = np.empty((0, 0, 0), np.uint8)
 
 
 class Bias:
-    """The bias of a tile, and the sums of its gradient."""
+    """The tables of the biases, and the sums of their gradients."""
 
-    def __init__(
-        self, position: Tensor | None, time: Tensor | None, times: Times | None, plan: AttentionPlan, q: Tensor
-    ):
-        self.times, self.heads = times, q.shape[1]
-        self.sums = torch.promote_types(q.dtype, torch.float32)
-        self.index = torch.empty(0, dtype=torch.int32)
-        self.position, self.time = position, time
-        self.by_gap = self.d_places = self.d_time = torch.empty(0)
-        tiles = [tile for group in plan.groups for tile in group.tiles]
-        if position is not None:
-            # a row is the table from the gap of its first key on; the next row begins one earlier
-            self.rows = max((tile.end - tile.first for tile in tiles), default=1)
-            self.keys = max((tile.right for tile in tiles), default=1)
-            gaps = torch.arange(1 - self.rows - self.keys, self.rows)
-            self.entries = (gaps + position.numel() // 2).clamp_(0, position.numel() - 1)
-            table = position.detach().to(q.dtype)[self.entries].masked_fill_(gaps > 0, NEVER)
-            self.places = scratch("places", q.dtype, self.rows, self.rows + self.keys)
-            from_last = torch.arange(self.rows).flip(0)
-            torch.index_select(table.as_strided(self.places.shape, (1, 1)), 0, from_last, out=self.places)
-        if time is not None:
-            self.buckets = time.detach().to(q.dtype).contiguous()
-            widest = max((tile.right - tile.left for tile in tiles), default=0)
-            self.lane = torch.arange(widest, dtype=torch.int32) % LANES * time.numel()
+    def __init__(self, position: Tensor | None, time: Tensor | None, times: Times | None, dtype: torch.dtype):
+        self.sums = torch.promote_types(dtype, torch.float32)
+        self.times, self.given = times, (position, time)
+        self.position, self.time = (
+            torch.empty(0, dtype=self.sums).numpy() if x is None else x.detach().to(self.sums).contiguous().numpy()
+            for x in (position, time)
+        )
+        self.d_position, self.d_time = np.zeros(len(self.position)), np.zeros(len(self.time))
 
-    def of_thread(self, number: int) -> Bias:
+    def of_thread(self) -> Bias:
         """The same tables with sums of its own."""
         own = copy.copy(self)
-        if self.position is not None:
-            # laid out askew, so that equal gaps lie below each other
-            own.by_gap = scratch(f"gaps {number}", self.sums, self.rows, len(self.entries)).zero_()
-            steps = (len(self.entries) - 1, 1)
-            own.d_places = own.by_gap.as_strided(self.places.shape, steps, self.rows - 1)
-        if self.time is not None:
-            own.d_time = torch.zeros(self.time.numel(), dtype=torch.float64)
+        own.d_position, own.d_time = (np.zeros(len(x)) for x in (self.position, self.time))
         return own
 
-    def __bool__(self) -> bool:
-        return self.position is not None or self.time is not None
+    def buckets(self, group: Group, number: int, begin: int, end: int) -> np.ndarray:
+        """[end - begin, R, C] of the group's tile `number`, or nothing without a bias of time."""
+        if not len(self.time):
+            return NOTHING
+        if group.buckets is not None:
+            return group.buckets[number][begin:end].numpy()
+        assert self.times is not None
+        tile = group.tiles[number]
+        shape = (end - begin, tile.end - tile.first, tile.right - tile.left)
+        return tile_buckets(
+            group, tile, begin, end, self.times, scratch("buckets", bucket_type(self.times.count), *shape)
+        ).numpy()
 
-    def write(self, out: Tensor, group: Group, number: int, begin: int) -> None:
-        """Into out [G, R, C], of the group's tile `number` and the sequences from `begin`."""
-        if self.time is not None:
-            self.index = scratch("index", torch.int32, *out.shape)
-            if group.buckets is not None:
-                self.index.copy_(group.buckets[number][begin : begin + len(out)])
-            else:
-                assert self.times is not None
-                tile_buckets(group, group.tiles[number], begin, begin + len(out), self.times, self.index)
-            torch.index_select(self.buckets, 0, self.index.view(-1), out=out.view(-1))
-        if self.position is not None:
-            places = self.places[self._where(group, group.tiles[number])]
-            out.copy_(places) if self.time is None else out.add_(places)
-
-    def add_gradient(self, gradient: Tensor, group: Group, number: int) -> None:
-        """The sum over heads [G, R, C] of the gradient of the same tile, after `write`."""
-        if self.time is not None:
-            self.index.add_(self.lane[: gradient.shape[2]])
-            lanes = gradient.new_zeros(LANES * self.time.numel())
-            lanes.index_add_(0, self.index.view(-1), gradient.view(-1))
-            self.d_time += lanes.view(LANES, -1).sum(0)
-        if self.position is not None:
-            summed = gradient[0] if len(gradient) == 1 else gradient.sum(0)
-            places = self.d_places[self._where(group, group.tiles[number])]
-            places += summed if group.causal else summed.sum(0)
-
-    def gradients(self, of_threads: list[Bias]) -> tuple[Tensor | None, Tensor | None]:
+    def gradients(self, of_threads: list[Bias]) -> list[Tensor | None]:
         """Of position and time."""
-        d_position = d_time = None
-        if self.position is not None:
-            d_position = torch.zeros(self.position.numel(), dtype=self.sums)
-            for own in of_threads:
-                d_position.index_add_(0, self.entries, own.by_gap.sum(0))
-            d_position = d_position.to(self.position.dtype)
-        if self.time is not None:
-            d_time = torch.stack([own.d_time for own in of_threads]).sum(0).to(self.time.dtype)
-        return d_position, d_time
+        sums = (sum(own.d_position for own in of_threads), sum(own.d_time for own in of_threads))
+        return [
+            None if table is None else torch.from_numpy(np.asarray(found)).to(table.dtype)
+            for table, found in zip(self.given, sums)
+        ]
 
-    def _where(self, group: Group, tile: Tile) -> tuple[slice, slice]:
-        """Where in `places` a tile lies: rows of candidates all stand one behind the last key."""
-        rows, row = (tile.end - tile.first, tile.first) if group.causal else (1, group.keys.read.shape[1])
-        return slice(0, rows), slice(self.keys + tile.left - row, self.keys + tile.right - row)
+
+class Pairs(NamedTuple):
+    """What `_hstu_pairs` asks of the pairs of a step."""
+
+    per: int
+    first: int
+    stride: int
+    left: int
+    position: np.ndarray
+    time: np.ndarray
+    buckets: np.ndarray
 
 
 class Step(NamedTuple):
@@ -119,7 +86,6 @@ class Step(NamedTuple):
     rows: slice
     keys: slice
     is_first: bool  # of this tile
-    is_last: bool
 
 
 class Work:
@@ -173,41 +139,31 @@ class Work:
             step = max(1, block // ((tile.end - tile.first) * (tile.right - tile.left))) if reach == 1 else count
             for first in range(0, count, step):
                 last = min(first + step, count)
-                yield Step(number, slice(first, last), rows, keys, first == 0, last == count)
+                yield Step(number, slice(first, last), rows, keys, first == 0)
 
-    def scores(self, step: Step, q: Tensor, k: Tensor, alpha: float) -> Tensor:
-        """q [P, R, K], k [P, C, K] -> alpha q k' + bias [P, R, C]."""
+    def scores(self, q: Tensor, k: Tensor, alpha: float) -> Tensor:
+        """q [P, R, K], k [P, C, K] -> alpha q k' [P, R, C]."""
         x = scratch("x", q.dtype, len(q), q.shape[1], k.shape[1])
-        if not self.bias:
-            return torch.baddbmm(x, q, k.mT, beta=0, alpha=alpha, out=x)
-        if self.heads == 1:
-            self.bias.write(x, self.group, step.tile, self.begin)
-        else:
-            if step.is_first:
-                self.shared = scratch("bias", q.dtype, max(1, len(q) // self.heads), *x.shape[1:])
-                self.bias.write(self.shared, self.group, step.tile, self.begin)
-            x.unflatten(0, (len(self.shared), -1)).copy_(self.shared[:, None])
-        return x.baddbmm_(q, k.mT, alpha=alpha)
+        return torch.baddbmm(x, q, k.mT, beta=0, alpha=alpha, out=x)
 
-    def add_gradient(self, step: Step, dx: Tensor) -> None:
-        """Pass the gradient of x [P, R, C] on to the bias."""
-        if not self.bias:
-            return
-        if self.heads == 1:
-            total = dx if dx.dtype == self.bias.sums else scratch("total", self.bias.sums, *dx.shape).copy_(dx)
-        else:
-            total = scratch("total", self.bias.sums, *self.shared.shape)
-            heads = dx.unflatten(0, (len(total), -1)).unbind(1)
-            for number, one in enumerate(heads):
-                total.copy_(one) if step.is_first and not number else total.add_(one)
-        if step.is_last:
-            self.bias.add_gradient(total, self.group, step.tile)
+    def weigh(self, step: Step, x: Tensor) -> None:
+        """x [P, R, C] -> weights, in place."""
+        weigh(_array(x), *self._pairs(step, len(x)))
 
-    def cut(self, step: Step, x: Tensor) -> None:
-        """Zero above the diagonal, where the bias of positions has not seen to it."""
+    def slopes(self, step: Step, x: Tensor, dx: Tensor) -> None:
+        """x [P, R, C] -> weights, and the gradient of these -> that of x, in place; the biases' is added up."""
+        slopes(_array(x), _array(dx), *self._pairs(step, len(x)), self.bias.d_position, self.bias.d_time)
+
+    def _pairs(self, step: Step, count: int) -> Pairs:
+        """Of a step of so many sequences and heads."""
         tile = self.group.tiles[step.tile]
-        if self.group.causal and tile.right > tile.first and self.bias.position is None:
-            x[:, :, max(tile.first - tile.left, 0) :].tril_(min(tile.first - tile.left, 0))
+        end = min(tile.sequences, self.end)
+        if step.is_first:
+            self.buckets = self.bias.buckets(self.group, step.tile, self.begin, end)
+        # Rows of candidates all stand one behind the last key.
+        first, stride = (tile.first, 1) if self.group.causal else (self.group.keys.read.shape[1], 0)
+        per = count if end - self.begin == 1 else self.heads
+        return Pairs(per, first, stride, tile.left, self.bias.position, self.bias.time, self.buckets)
 
 
 class Totals:
@@ -285,7 +241,7 @@ def run(plan: AttentionPlan, heads: int, bias: Bias, task: Callable[[Work], None
         least = loads.index(min(loads))
         lists[least].append(part)
         loads[least] += part.cost
-    biases = [bias.of_thread(number) for number in range(threads)]
+    biases = [bias.of_thread() for _ in range(threads)]
     inference = torch.is_inference_mode_enabled()  # of this thread, and the others must write to its memory
 
     def do(thread: int) -> None:
@@ -316,7 +272,7 @@ class HSTUAttention(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, position, time, *(times[:2] if times else (None, None)))
         ctx.plan, ctx.times, ctx.scale, ctx.alpha = plan, times and times[2:], scale, alpha
-        bias = Bias(position, time, times, plan, q)
+        bias = Bias(position, time, times, q.dtype)
         out = Totals("outs", v, plan.row_of_query, [group.queries for group in plan.groups])
 
         def task(part: Work) -> None:
@@ -324,9 +280,8 @@ class HSTUAttention(torch.autograd.Function):
             outs = out.sums(part, part.group.queries)
             for step in part.tiles():
                 _, p, i, j, *_ = step
-                x = part.scores(step, qs[p, i], ks[p, j], alpha)
-                torch.nn.functional.silu(x, inplace=True)
-                part.cut(step, x)
+                x = part.scores(qs[p, i], ks[p, j], alpha)
+                part.weigh(step, x)
                 _add(outs[p, i], x, vs[p, j], scale)
             out.put(outs, part, part.group.queries)
 
@@ -338,7 +293,7 @@ class HSTUAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, position, time, query_times, key_times = ctx.saved_tensors
         times = Times(query_times, key_times, *ctx.times) if ctx.times else None
-        bias = Bias(position, time, times, ctx.plan, q)
+        bias = Bias(position, time, times, q.dtype)
         dq = Totals("dqs", q, ctx.plan.row_of_query, [group.queries for group in ctx.plan.groups])
         causal = [group.keys for group in ctx.plan.groups if group.causal]
         dk, dv = (Totals(name, x, ctx.plan.row_of_key, causal) for name, x in (("dks", k), ("dvs", v)))
@@ -350,17 +305,13 @@ class HSTUAttention(torch.autograd.Function):
             dqs, dks, dvs = dq.sums(part, queries), dk.sums(part, keys, again), dv.sums(part, keys, again)
             for step in part.tiles():
                 _, p, i, j, *_ = step
-                x = part.scores(step, qs[p, i], ks[p, j], ctx.alpha)
+                x = part.scores(qs[p, i], ks[p, j], ctx.alpha)
                 dx = scratch("dx", x.dtype, *x.shape)
                 torch.baddbmm(dx, gs[p, i], vs[p, j].mT, beta=0, alpha=ctx.scale, out=dx)
-                torch.ops.aten.silu_backward.grad_input(dx, x, grad_input=dx)
-                torch.nn.functional.silu(x, inplace=True)
-                part.cut(step, x)
-                part.cut(step, dx)
+                part.slopes(step, x, dx)
                 _add(dvs[p, j], x.mT, gs[p, i], ctx.scale)
                 _add(dks[p, j], dx.mT, qs[p, i], ctx.alpha)
                 _add(dqs[p, i], dx, ks[p, j], ctx.alpha)
-                part.add_gradient(step, dx)
             dq.put(dqs, part, queries)
             dk.put(dks, part, keys, again)
             dv.put(dvs, part, keys, again)
@@ -375,3 +326,7 @@ def _add(total: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
         total.baddbmm_(a, b, alpha=factor)
     else:  # MKL writes batches to contiguous memory only
         total.add_(torch.bmm(a, b, out=scratch("product", a.dtype, *total.shape)), alpha=factor)
+
+
+def _array(x: Tensor) -> np.ndarray:
+    return x.view(torch.int16).numpy() if x.dtype == torch.bfloat16 else x.numpy()

@@ -134,9 +134,14 @@ def with_buckets(plan: AttentionPlan, times: Times) -> AttentionPlan:
 
 
 def _stored(group: Group, tile: Tile, times: Times) -> Tensor:
-    dtype = torch.uint8 if times.count <= 256 else torch.int16
     shape = (tile.sequences, tile.end - tile.first, tile.right - tile.left)
-    return tile_buckets(group, tile, 0, tile.sequences, times, torch.empty(shape, dtype=dtype))
+    out = torch.empty(shape, dtype=bucket_type(times.count))
+    return tile_buckets(group, tile, 0, tile.sequences, times, out)
+
+
+def bucket_type(count: int) -> torch.dtype:
+    """The smallest that holds numbers below `count`."""
+    return torch.uint8 if count <= 256 else torch.int16 if count <= 2**15 else torch.int32
 
 
 def _similar(spans: list[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]]:

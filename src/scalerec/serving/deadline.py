@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -36,22 +37,21 @@ async def within(seconds: float, work: Awaitable[Result], refused: Refused | Non
 
 
 class Lane:
-    """A few threads for work that blocks; Refused (503) when too much of it waits already."""
+    """A few threads for work that blocks; Refused (503) when too much of it waits already.
+
+    Work that its request has given up keeps its place until its thread has ended it.
+    """
 
     def __init__(self, name: str, *, workers: int, waiting: int):
-        self.name, self._most, self._now = name, workers + waiting, 0
+        self.name, self._places = name, threading.BoundedSemaphore(workers + waiting)
         self._threads = ThreadPoolExecutor(workers, f"scalerec-{name}")
 
     async def run(self, work: Callable[[], Result]) -> Result:
-        if self._now >= self._most:
+        if not self._places.acquire(blocking=False):
             raise Refused(503, f"too many {self.name} wait", retry_after=1)
-        self._now += 1
-        future = asyncio.get_running_loop().run_in_executor(self._threads, work)
-        future.add_done_callback(self._done)
-        return await future
-
-    def _done(self, _: object) -> None:
-        self._now -= 1
+        job = self._threads.submit(work)
+        job.add_done_callback(lambda _: self._places.release())
+        return await asyncio.wrap_future(job)
 
     def close(self) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)

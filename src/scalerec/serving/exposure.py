@@ -33,6 +33,7 @@ from scalerec.serving.metrics import Metrics
 from scalerec.serving.settings import Settings
 
 _TICK = 0.5  # seconds between looks at the clock
+_HELD_BYTES = 256 << 20  # of rows in memory, however few they are
 _TOGETHER, _TOGETHER_ROWS = 64, 4_096  # requests made into rows at once; each row carries its user's history
 
 
@@ -139,8 +140,9 @@ class ExposureLog:
         self._since = self._since or time.monotonic()
 
     def _write_if_due(self) -> None:
-        held = sum(len(table) for tables in self._held.values() for table in tables)
-        if held >= self.rows or (self._since is not None and time.monotonic() - self._since >= self.seconds):
+        held = [table for tables in self._held.values() for table in tables]
+        full = sum(map(len, held)) >= self.rows or sum(table.nbytes for table in held) >= _HELD_BYTES
+        if full or (self._since is not None and time.monotonic() - self._since >= self.seconds):
             self._write()
 
     def _write(self) -> None:

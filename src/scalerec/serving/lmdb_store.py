@@ -76,6 +76,7 @@ class LMDBStore(Store):
         self._leading = False  # somebody writes, or is woken to write
         self._queued = threading.Lock()
         self._first_bytes = first_bytes
+        self._broken = False
         try:
             self._open()
         except (lmdb.Error, OSError) as error:
@@ -239,10 +240,15 @@ class LMDBStore(Store):
 
     def _recover(self, error: Exception) -> None:
         """After a failed write of its first pages LMDB wants to be opened again; what was committed is there."""
-        if isinstance(error, lmdb.PanicError):
+        self._broken |= isinstance(error, lmdb.PanicError)
+        if self._broken:
             with self._gate.alone():
                 self._env.close()
-                self._open()
+                try:
+                    self._open()
+                    self._broken = False
+                except (lmdb.Error, OSError):
+                    pass  # stays closed: the next call fails as well, and tries again
 
     def _why(self, error: Exception) -> str:
         # A disk that takes only a part of a write shows as an error of input and output.

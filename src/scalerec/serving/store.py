@@ -57,6 +57,10 @@ class Store(ABC):
         rows = self._check.rows(events)
         return self._write(rows) if rows else []
 
+    def check(self, events: Sequence[Event]) -> None:
+        """InputError, as `append` raises it, for what is wrong whatever the users' earlier events are."""
+        self._check.rows(events)
+
     def history(self, user: Any, before: Any = None) -> history.State:
         """The user's history, {} where nobody knows him; only of events earlier than `before`, where it is given."""
         return self.known(user, before).history
