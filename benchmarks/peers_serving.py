@@ -3,11 +3,12 @@
     python -m benchmarks.peers_serving --install      # once: LitServe into an environment of its own
     python -m benchmarks.peers_serving [--environment DIR] [--threads N] [--p99 MS] [--json]
 
-Both serve one bundle of rankmixer.small() with random weights (`serving_world`) in fp32 with as many threads, and get
-the same requests: one user, 20 candidates, half of the users asked for a moment ago. Both are asked from this process,
-in turn. The largest rate of Poisson arrivals that a service answers with a p99 within `--p99` milliseconds and without
-an error is found by halving an interval (open loop, so a p99 holds all waiting). Without `--p99` the limit is five
-times the median latency of the slowest of them when one client asks: all can keep it, none is far from its limits.
+Both serve one bundle of rankmixer.small() with random weights (`serving_world`) in fp32 with as many threads (all cores
+but one, which the servers' loops and this process need), and get the same requests: one user, 20 candidates, half of
+the users asked for a moment ago. Both are asked from this process, in turn. The largest rate of Poisson arrivals that a
+service answers with a p99 within `--p99` milliseconds and without an error is found by halving an interval (open loop,
+so a p99 holds all waiting). Without `--p99` the limit is five times the median latency of the slowest of them when one
+client asks: all can keep it, none is far from its limits.
 
 LitServe is measured twice: plain, as it comes (`peer_speedup`), and with its own batching switched on
 (`peer_batching_speedup`). Its service does what its documentation shows: one worker, rows of the request put together
@@ -213,7 +214,7 @@ def arguments() -> argparse.Namespace:
     place = cache_root() / "peers" / "litserve"
     parser.add_argument("--environment", type=Path, default=place, metavar="DIR", help="of the peer")
     parser.add_argument("--install", action="store_true", help="make that environment first, if need be")
-    parser.add_argument("--threads", type=int, default=0, help="of each model (default: all cores)")
+    parser.add_argument("--threads", type=int, default=0, help="of each model (default: all cores but one)")
     parser.add_argument("--p99", type=float, default=0.0, metavar="MS", help="the limit that all have to keep")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=8.0, help="of a probe of one rate")
@@ -237,7 +238,7 @@ def main() -> None:
         return print(json.dumps({"skipped": known})) if given.json else None
     busy = refuse_if_busy(given.even_if_busy)
     machine: dict[str, Any] = describe_machine()
-    given.threads = given.threads or int(machine["cores"])
+    given.threads = given.threads or max(1, int(machine["cores"]) - 1)
     machine["threads"] = given.threads
     with tempfile.TemporaryDirectory(prefix="scalerec-peers-") as folder:
         found = run(given, environment, Path(folder))

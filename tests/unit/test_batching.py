@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scalerec.errors import InputError
+from scalerec.inference import batching
 from scalerec.inference.batching import Batcher, Overloaded, TooLate
 
 
@@ -199,6 +200,33 @@ def test_who_would_not_have_his_turn_in_time_is_refused_at_once():
     asyncio.run(story())
 
 
+def test_a_queue_that_does_not_end_makes_it_impatient(monkeypatch):
+    """A burst is worked off and waits as long as it may; under overload those who are taken wait little."""
+    monkeypatch.setattr(batching, "STANDING_S", 0.3)
+
+    async def story() -> None:
+        work = Work(seconds=0.05)
+        batcher = Batcher(work, max_items=1, overload_ms=150)
+        for ask in range(3):  # 0.05 s an item, as it learns
+            await batcher.submit(ask)
+        burst = [asyncio.create_task(batcher.submit(ask)) for ask in range(12)]  # 0.6 s of work
+        await asyncio.sleep(0.1)
+        batcher.admit(time.monotonic() + 30)
+        late = await batcher.submit(5, deadline=time.monotonic() + 30)
+        assert late == 10, "0.5 s before it, and nobody was refused"
+        await asyncio.gather(*burst)
+        crowd = [asyncio.create_task(batcher.submit(ask)) for ask in range(12)]
+        await asyncio.sleep(0.35)  # the queue has stood for longer than a burst, and holds 0.25 s of work
+        for refused in (batcher.submit(1), asyncio.to_thread(batcher.admit)):
+            with pytest.raises(Overloaded, match="longer than this one may"):
+                await refused
+        await asyncio.gather(*crowd)
+        assert await batcher.submit(7) == 14
+        batcher.close()
+
+    asyncio.run(story())
+
+
 def test_one_failing_request_fails_alone():
     async def story() -> None:
         work = Work(closed=True)
@@ -346,7 +374,7 @@ def test_every_request_gets_exactly_one_answer_or_error(requests, workers, max_q
     assert sum(outcomes.values()) == len(requests) and not outcomes["wrong"]
 
 
-@pytest.mark.parametrize("name", ["max_wait_ms", "max_items", "max_queue", "workers"])
+@pytest.mark.parametrize("name", ["max_wait_ms", "overload_ms", "max_items", "max_queue", "workers"])
 def test_limits_must_make_sense(name: str):
     wrong: dict[str, Any] = {name: -1}
     with pytest.raises(InputError, match="Batcher"):

@@ -13,5 +13,11 @@ def test_every_number_is_measured_and_torch_left_alone():
 
 
 def test_few_threads_nearly_as_fast_win():
-    assert best_threads({1: 10.4, 2: 10.0, 4: 12.0}) == 1
-    assert best_threads({1: 20.0, 2: 11.0, 4: 10.5}) == 2
+    assert best_threads({1: 10.4, 2: 10.0, 4: 12.0}, 4) == 1
+    assert best_threads({1: 20.0, 2: 11.0, 4: 10.5}, 8) == 2
+
+
+def test_the_last_core_is_the_event_loops_unless_the_model_is_large():
+    assert best_threads({1: 2.0, 2: 1.5}, 2) == 1 and best_threads({1: 2.0, 2: 1.5}, 4) == 2
+    assert best_threads({1: 400.0, 2: 220.0}, 2) == 2
+    assert best_threads({1: 2.0}, 1) == 1

@@ -7,6 +7,7 @@ a batch of several, it waits for as many as that one had, at most `max_wait_ms` 
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections import defaultdict, deque
@@ -17,6 +18,7 @@ from typing import Generic, TypeVar
 
 from scalerec.errors import InputError
 
+STANDING_S = 1.0  # a queue that has not been empty for so long is no burst that will be worked off
 Ask = TypeVar("Ask")
 Answer = TypeVar("Answer")
 
@@ -52,6 +54,8 @@ class Batcher(Generic[Ask, Answer]):
             request goes alone.
         size: items of a request, its candidates for one.
         max_queue: so many requests may wait; the next one is refused.
+        overload_ms: once requests have waited for STANDING_S without a pause, more come than can be answered; then one
+            that would wait longer than this, and than two batches take, is refused at once.
         workers: threads that call `work`.
     """
 
@@ -63,20 +67,27 @@ class Batcher(Generic[Ask, Answer]):
         max_items: int = 256,
         size: Callable[[Ask], int] = lambda ask: 1,
         max_queue: int = 256,
+        overload_ms: float = 100.0,
         workers: int = 1,
     ):
-        if max_wait_ms < 0 or min(max_items, max_queue, workers) < 1:
-            raise InputError("Batcher: max_wait_ms must not be negative; max_items, max_queue, workers at least 1")
+        if min(max_wait_ms, overload_ms) < 0 or min(max_items, max_queue, workers) < 1:
+            raise InputError(
+                "Batcher: max_wait_ms and overload_ms must not be negative; max_items, max_queue, workers at least 1"
+            )
         self._work, self._size = work, size
         self._max_wait, self._max_items, self._max_queue = max_wait_ms / 1e3, max_items, max_queue
+        self._overload = overload_ms / 1e3
         self._queue: deque[_Waiting] = deque()
         self._items = 0  # of the queue
         self._running: set[_Waiting] = set()
         self._closed = False
+        self._emptied = time.monotonic()  # when the queue was last seen empty
         self._last_count, self._last_end = 1, 0.0  # requests of the last batch, and when it was done
         self._began: dict[int, tuple[float, int]] = {}  # thread -> when its batch began, its items
-        self._paces: deque[float] = deque(maxlen=5)  # seconds an item, of the last batches
-        self._pace: float | None = None  # their median, which a slow first batch or one long pause does not move
+        self._batches: deque[tuple[float, int]] = deque(maxlen=5)  # seconds and items of the last ones
+        # Medians, which a slow first batch or one long pause does not move: seconds of an item, and of a batch.
+        self._pace: float | None = None
+        self._usual = 0.0
         self._wanted = 1  # so many requests end the worker's wait
         self._turn = threading.Lock()  # one worker at a time looks for a batch
         self._changed = threading.Condition()
@@ -99,15 +110,10 @@ class Batcher(Generic[Ask, Answer]):
         """
         loop = asyncio.get_running_loop()
         one = _Waiting(ask, max(self._size(ask), 1), deadline, loop, loop.create_future())
-        if deadline is not None and deadline <= one.since:
-            raise TooLate("the deadline had passed when the request came")
         with self._changed:
-            if self._closed:
-                raise Overloaded("closing: no new requests")
-            if len(self._queue) >= self._max_queue:
-                raise Overloaded(f"{len(self._queue)} requests wait, no more may")
-            if deadline is not None and self._queue and one.since + self._ahead(one.since) > deadline:
-                raise Overloaded(f"{len(self._queue)} requests wait, longer than this one may")
+            self.admit(deadline)
+            if not self._queue:
+                self._emptied = one.since
             self._queue.append(one)
             self._items += one.size
             if len(self._queue) == 1 or self._enough():
@@ -120,6 +126,19 @@ class Batcher(Generic[Ask, Answer]):
                 timer.cancel()
             if one.answer.cancelled():  # the client has gone, and frees its place
                 self._leave(one)
+
+    def admit(self, deadline: float | None = None) -> None:
+        """Raise as `submit` would now, before anything is spent on a request."""
+        now = time.monotonic()
+        if deadline is not None and deadline <= now:
+            raise TooLate("the deadline had passed when the request came")
+        with self._changed:
+            if self._closed:
+                raise Overloaded("closing: no new requests")
+            if len(self._queue) >= self._max_queue:
+                raise Overloaded(f"{len(self._queue)} requests wait, no more may")
+            if self._queue and self._ahead(now) > self._bearable(deadline, now):
+                raise Overloaded(f"{len(self._queue)} requests wait, longer than this one may")
 
     def depth(self) -> int:
         """Requests that wait, without those being worked on."""
@@ -151,6 +170,8 @@ class Batcher(Generic[Ask, Answer]):
             except ValueError:
                 return False
             self._items -= one.size
+            if not self._queue:
+                self._emptied = time.monotonic()
             self._changed.notify()
             return True
 
@@ -164,6 +185,12 @@ class Batcher(Generic[Ask, Answer]):
             return 0.0
         left = sum(max(items * self._pace - (now - began), 0.0) for began, items in self._began.values())
         return (left + self._items * self._pace) / len(self._threads)
+
+    def _bearable(self, deadline: float | None, now: float) -> float:
+        """Seconds that a request that comes now may wait."""
+        longest = math.inf if deadline is None else deadline - now
+        standing = now - self._emptied > STANDING_S
+        return min(longest, max(self._overload, 2 * self._usual)) if standing else longest
 
     def _enough(self) -> bool:
         return len(self._queue) >= self._wanted or self._items >= self._max_items
@@ -181,8 +208,10 @@ class Batcher(Generic[Ask, Answer]):
                 began, items = self._began.pop(threading.get_ident())
                 self._last_count, self._last_end = len(batch), time.monotonic()
                 if len(now) == len(batch):
-                    self._paces.append((self._last_end - began) / items)
-                    self._pace = median(self._paces) if len(self._paces) > 2 else None
+                    self._batches.append((self._last_end - began, items))
+                    if len(self._batches) > 2:
+                        self._pace = median(seconds / items for seconds, items in self._batches)
+                        self._usual = median(seconds for seconds, _ in self._batches)
             _deliver(list(zip(now, answers)))
 
     def _take(self) -> list[_Waiting] | None:
@@ -198,6 +227,8 @@ class Batcher(Generic[Ask, Answer]):
                 batch.append(self._queue.popleft())
                 items += batch[-1].size
             self._items -= items
+            if not self._queue:
+                self._emptied = time.monotonic()
             self._running.update(batch)
             self._began[threading.get_ident()] = time.monotonic(), items
             return batch

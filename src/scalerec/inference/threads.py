@@ -9,6 +9,10 @@ from collections.abc import Callable
 
 import torch
 
+# Milliseconds that a request waits for the event loop and the other way round where the model's threads, which spin at
+# their barriers, take every core (docs/log.md, 2026-11-22).
+WITHOUT_A_FREE_CORE = 3.0
+
 
 def measure_threads(work: Callable[[], object], *, seconds: float = 2.0, most: int | None = None) -> dict[int, float]:
     """Median milliseconds of `work` by number of torch threads: 1, 2, 4 ... up to all cores, in turn.
@@ -16,7 +20,7 @@ def measure_threads(work: Callable[[], object], *, seconds: float = 2.0, most: i
     Leaves torch at the number that it had. Each is tried at least three times, however long that takes.
     """
     before = torch.get_num_threads()
-    most = most or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else most or os.cpu_count() or 1
+    most = most or cores()
     counts = sorted({min(2**i, most) for i in range(most.bit_length() + 1)})
     found: dict[int, list[float]] = {count: [] for count in counts}
     try:
@@ -32,7 +36,16 @@ def measure_threads(work: Callable[[], object], *, seconds: float = 2.0, most: i
     return {count: statistics.median(times[1:]) for count, times in found.items()}
 
 
-def best_threads(milliseconds: dict[int, float]) -> int:
-    """The fewest threads within a tenth of the fastest: the cores that they leave serve other requests."""
-    fastest = min(milliseconds.values())
-    return min(count for count, time in milliseconds.items() if time <= 1.1 * fastest)
+def best_threads(milliseconds: dict[int, float], of: int) -> int:
+    """The fewest threads within a tenth of the fastest: the cores that they leave serve other requests.
+
+    All cores, `of` so many, have to be worth it by WITHOUT_A_FREE_CORE more.
+    """
+    in_service = {count: time + WITHOUT_A_FREE_CORE * (count >= of > 1) for count, time in milliseconds.items()}
+    fastest = min(in_service.values())
+    return min(count for count, time in in_service.items() if time <= 1.1 * fastest)
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

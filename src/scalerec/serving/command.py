@@ -115,7 +115,7 @@ def set_threads(asked: int | None, service: Any) -> None:
     import torch
 
     from scalerec.inference.engine import Ask
-    from scalerec.inference.threads import best_threads, measure_threads
+    from scalerec.inference.threads import best_threads, cores, measure_threads
     from scalerec.serving import logs
     from scalerec.serving.states import clock
 
@@ -129,7 +129,7 @@ def set_threads(asked: int | None, service: Any) -> None:
         engine = served.engine
         ask = Ask(engine.catalogue.ids[0], {}, {}, engine.catalogue.ids[:200], (), clock(served.columns))
         measured = measure_threads(lambda: engine.rank([ask]), seconds=1.0)
-        asked = best_threads(measured)
+        asked = best_threads(measured, cores())
     torch.set_num_threads(asked)
     logs.say("threads", threads=asked, milliseconds={str(count): round(time, 2) for count, time in measured.items()})
 

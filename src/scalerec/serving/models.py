@@ -98,6 +98,11 @@ class Served:
     def depth(self) -> int:
         return self.ranking.depth() + (self.searching.depth() if self.searching else 0)
 
+    def admit(self, deadline: float) -> None:
+        """Overloaded, before anything is read for a request that could not be ranked in time."""
+        if self.ranks:
+            self.ranking.admit(deadline)
+
     def close(self) -> None:
         """Finish what waits; blocks."""
         self.ranking.close()
@@ -123,11 +128,14 @@ def serve(bundle: Bundle, engine: Engine, popular: Popular, retriever: Retriever
     wait, queue = settings.batch_wait_ms, settings.limits.queue
     ranking: Batcher[Ask, Ranked] = Batcher(
         engine.rank, max_wait_ms=wait, max_items=settings.batch_rows, size=lambda ask: len(ask.candidates),
-        max_queue=queue,
+        max_queue=queue, overload_ms=settings.limits.overload_ms,
     )  # fmt: skip
     searching = None
     if retriever is not None:
-        searching = Batcher(_search(engine, retriever), max_wait_ms=wait, max_items=64, max_queue=queue)
+        searching = Batcher(
+            _search(engine, retriever), max_wait_ms=wait, max_items=64, max_queue=queue,
+            overload_ms=settings.limits.overload_ms,
+        )  # fmt: skip
     columns = Columns(bundle.encoder, bundle.items, bundle.manifest.types)
     return Served(bundle, engine, popular, retriever, columns, ranking, searching, places=engine.catalogue.place)
 
