@@ -8,8 +8,8 @@ clients get who ask again when they are answered. Then, in open loop:
 
 70 %    no error; no growth of memory: its median in the last fifth of the time is within 2 % (or 8 MiB) of that in
         the second fifth; p99 <= 3 x p50
-300 %   refused with 503 or 429, a Retry-After and a JSON error, p99 of refusals <= the 100 ms that a request may wait
-        under overload; those who are accepted wait no more than this: p99 <= that at 70 % + 100 ms
+300 %   refused with 503 or 429, a Retry-After and a JSON error, p99 of refusals <= the 25 ms that a request may wait
+        under overload; those who are accepted keep their p99: <= that at 70 % and those 25 ms
 after   70 % again: no error, p99 <= 1.5 x that of before
 """
 

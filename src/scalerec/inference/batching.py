@@ -7,7 +7,6 @@ a batch of several, it waits for as many as that one had, at most `max_wait_ms` 
 from __future__ import annotations
 
 import asyncio
-import math
 import threading
 import time
 from collections import defaultdict, deque
@@ -55,7 +54,7 @@ class Batcher(Generic[Ask, Answer]):
         size: items of a request, its candidates for one.
         max_queue: so many requests may wait; the next one is refused.
         overload_ms: once requests have waited for STANDING_S without a pause, more come than can be answered; then one
-            that would wait longer than this, and than two batches take, is refused at once.
+            that would wait longer than this for those before it is refused at once, until none had to be for STANDING_S.
         workers: threads that call `work`.
     """
 
@@ -67,7 +66,7 @@ class Batcher(Generic[Ask, Answer]):
         max_items: int = 256,
         size: Callable[[Ask], int] = lambda ask: 1,
         max_queue: int = 256,
-        overload_ms: float = 100.0,
+        overload_ms: float = 25.0,
         workers: int = 1,
     ):
         if min(max_wait_ms, overload_ms) < 0 or min(max_items, max_queue, workers) < 1:
@@ -82,12 +81,11 @@ class Batcher(Generic[Ask, Answer]):
         self._running: set[_Waiting] = set()
         self._closed = False
         self._emptied = time.monotonic()  # when the queue was last seen empty
+        self._impatient_until = 0.0
         self._last_count, self._last_end = 1, 0.0  # requests of the last batch, and when it was done
         self._began: dict[int, tuple[float, int]] = {}  # thread -> when its batch began, its items
-        self._batches: deque[tuple[float, int]] = deque(maxlen=5)  # seconds and items of the last ones
-        # Medians, which a slow first batch or one long pause does not move: seconds of an item, and of a batch.
-        self._pace: float | None = None
-        self._usual = 0.0
+        self._paces: deque[float] = deque(maxlen=5)  # seconds an item, of the last batches
+        self._pace: float | None = None  # their median, which a slow first batch or one long pause does not move
         self._wanted = 1  # so many requests end the worker's wait
         self._turn = threading.Lock()  # one worker at a time looks for a batch
         self._changed = threading.Condition()
@@ -137,7 +135,7 @@ class Batcher(Generic[Ask, Answer]):
                 raise Overloaded("closing: no new requests")
             if len(self._queue) >= self._max_queue:
                 raise Overloaded(f"{len(self._queue)} requests wait, no more may")
-            if self._queue and self._ahead(now) > self._bearable(deadline, now):
+            if self._queue and self._too_long(self._ahead(now), deadline, now):
                 raise Overloaded(f"{len(self._queue)} requests wait, longer than this one may")
 
     def depth(self) -> int:
@@ -186,11 +184,15 @@ class Batcher(Generic[Ask, Answer]):
         left = sum(max(items * self._pace - (now - began), 0.0) for began, items in self._began.values())
         return (left + self._items * self._pace) / len(self._threads)
 
-    def _bearable(self, deadline: float | None, now: float) -> float:
-        """Seconds that a request that comes now may wait."""
-        longest = math.inf if deadline is None else deadline - now
-        standing = now - self._emptied > STANDING_S
-        return min(longest, max(self._overload, 2 * self._usual)) if standing else longest
+    def _too_long(self, ahead: float, deadline: float | None, now: float) -> bool:
+        """Whether a request that comes now may not wait for so many seconds."""
+        if deadline is not None and now + ahead > deadline:
+            return True
+        overloaded = now < self._impatient_until or now - self._emptied > STANDING_S
+        if overloaded and ahead > self._overload:
+            self._impatient_until = now + STANDING_S  # a queue that is kept short is empty now and then
+            return True
+        return False
 
     def _enough(self) -> bool:
         return len(self._queue) >= self._wanted or self._items >= self._max_items
@@ -208,10 +210,8 @@ class Batcher(Generic[Ask, Answer]):
                 began, items = self._began.pop(threading.get_ident())
                 self._last_count, self._last_end = len(batch), time.monotonic()
                 if len(now) == len(batch):
-                    self._batches.append((self._last_end - began, items))
-                    if len(self._batches) > 2:
-                        self._pace = median(seconds / items for seconds, items in self._batches)
-                        self._usual = median(seconds for seconds, _ in self._batches)
+                    self._paces.append((self._last_end - began) / items)
+                    self._pace = median(self._paces) if len(self._paces) > 2 else None
             _deliver(list(zip(now, answers)))
 
     def _take(self) -> list[_Waiting] | None:
