@@ -54,7 +54,7 @@ class Batcher(Generic[Ask, Answer]):
         size: items of a request, its candidates for one.
         max_queue: so many requests may wait; the next one is refused.
         overload_ms: once requests have waited for STANDING_S without a pause, more come than can be answered; then one
-            that would wait longer than this for those before it is refused at once, until none had to be for STANDING_S.
+            for which others would make it wait longer than this is refused at once, until STANDING_S after the last.
         workers: threads that call `work`.
     """
 
