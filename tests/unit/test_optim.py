@@ -6,11 +6,13 @@ from torch import nn
 
 from scalerec.config import override, parse
 from scalerec.errors import InputError
+from scalerec.ops import row_adagrad as ops
 from scalerec.training.optim import (
     OptimizerConfig,
     RowAdamW,
     densify,
     load_state_tensors,
+    row_adagrad_reference,
     set_rates,
     state_tensors,
 )
@@ -72,6 +74,40 @@ def test_row_adamw_equals_a_loop_in_float64(rowwise, decay):
     train(optimizer, weight, steps)
     torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-4, atol=1e-5)
     assert optimizer.state[weight]["steps"][:, 0].tolist() == count
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("rowwise", [False, True])
+def test_row_adagrad_equals_its_plain_twin_and_a_loop_in_float64(rowwise, threads, monkeypatch):
+    monkeypatch.setattr(ops, "ALONE", 10)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        rows, width, steps = 301, 5, []
+        for seed in range(6):  # many rows once, one of them often
+            random = torch.Generator().manual_seed(seed)
+            ids = torch.cat([torch.randint(rows, (400,), generator=random), torch.full((50,), 7)])
+            steps.append((ids, torch.randn(450, width, generator=random)))
+        weight = torch.randn(rows, width)
+        plain, exact = weight.clone(), weight.double()
+        sums, plain_sums = (torch.zeros(rows, 1 if rowwise else width) for _ in range(2))
+        exact_sums = sums.double()
+        for ids, values in steps:
+            ops.row_adagrad(weight, sums, ids, values, 0.1, 1e-8)
+            row_adagrad_reference(plain, plain_sums, sparse(ids, values, rows), 0.1, 1e-8, rowwise)
+            for row in set(ids.tolist()):
+                gradient = values[ids == row].double().sum(0)
+                square = gradient**2
+                exact_sums[row] += square.mean() if rowwise else square
+                exact[row] -= 0.1 * gradient / (exact_sums[row].sqrt() + 1e-8)
+        for found in (weight, plain):
+            torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+        for found in (sums, plain_sums):
+            torch.testing.assert_close(found.double(), exact_sums, rtol=1e-5, atol=1e-5)
+        with pytest.raises(IndexError, match="does not have"):
+            ops.row_adagrad(weight, sums, torch.tensor([rows]), torch.ones(1, width), 0.1, 1e-8)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("width", "rowwise"), [(1, True), (1, False), (WIDTH, False)])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from scalerec.config import Config
 from scalerec.models.base import Model
+from scalerec.ops.row_adagrad import row_adagrad
 
 DenseKind = Literal["rmsprop", "adamw"]
 SparseKind = Literal["adagrad", "rowwise_adagrad", "adamw", "rowwise_adamw", "dense"]
@@ -145,8 +146,12 @@ class RowAdagrad(_RowOptimizer):
         return {"sum": self.per_row(parameter, device)}
 
     def update(self, parameter: nn.Parameter, state: dict[str, Tensor], options: dict[str, Any]) -> None:
-        assert parameter.grad is not None
-        row_adagrad(parameter, state["sum"], parameter.grad, options["lr"], options["eps"], self.rowwise)
+        gradient, total, rates = parameter.grad, state["sum"], (options["lr"], options["eps"])
+        assert gradient is not None
+        if parameter.device.type == "cpu" and parameter.dtype == gradient.dtype == torch.float32:
+            row_adagrad(parameter, total, gradient._indices()[0], gradient._values(), *rates)
+        else:
+            row_adagrad_reference(parameter, total, gradient, *rates, self.rowwise)
 
 
 class RowAdamW(_RowOptimizer):
@@ -176,7 +181,9 @@ class RowAdamW(_RowOptimizer):
         row_adamw(parameter, state, parameter.grad, options["lr"], options["betas"], options["eps"], decay)
 
 
-def row_adagrad(weight: Tensor, accumulator: Tensor, gradient: Tensor, lr: float, eps: float, rowwise: bool) -> None:
+def row_adagrad_reference(
+    weight: Tensor, accumulator: Tensor, gradient: Tensor, lr: float, eps: float, rowwise: bool
+) -> None:
     """One step in place on touched rows: a += g^2 (the row's mean if `rowwise`), w -= lr g / (sqrt(a) + eps)."""
     gradient = gradient.coalesce()
     rows, values = gradient.indices()[0], gradient.values()
