@@ -2,11 +2,12 @@
 
     python -m benchmarks.embedding [--tables 50] [--rows 200000] [--width 16] [--batch 2048] [--rounds 15] [--json]
 
-`embedding_speedup`: the better of `nn.Embedding(sparse=True)` with `torch.optim.Adagrad` table by table and of one merged
-table of the same, over scalerec's `EmbeddingCollection` with its own Adagrad. Each looks up one id of every table for
-every row, puts the vectors side by side, takes the same gradient back, and steps; ids are uniform, or drawn by Zipf's law
-with exponent 1.05. In turn, with new ids in every round; ratios within a round, then their median and spread. The speedup
-without ending is the smaller of the two kinds of ids; keys that end in `_one_thread` are of one thread.
+`embedding_speedup`: the better of `nn.Embedding(sparse=True)` with `torch.optim.Adagrad` table by table and of one
+merged table of the same, over scalerec's `EmbeddingCollection` with its own Adagrad. Each looks up one id of every
+table for every row, puts the vectors side by side, takes the same gradient back, and steps; ids are uniform, or drawn
+by Zipf's law with exponent 1.05. In turn, with new ids in every round; ratios within a round, then their median and
+spread. The speedup without ending is the smaller of the two kinds of ids; keys that end in `_one_thread` are of one
+thread.
 """
 
 from __future__ import annotations
