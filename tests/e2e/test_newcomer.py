@@ -126,6 +126,8 @@ def test_a_model_of_ones_own(log, schema_file, tmp_path, capsys, monkeypatch):
 
 
 def test_compare_reports_paired_intervals(train, log, schema_file, tmp_path, capsys):
+    from scalerec import checkpoint
+
     data = ["--data.path", str(log), "--data.schema_file", str(schema_file), "--training.tensorboard", "false"]
     names = ["rankmixer_parquet", "dlrm_mlp_parquet"]
     command = ["compare", *names, "--seeds", "2", "--out", str(tmp_path / "c"), *data, "--json"]
@@ -145,7 +147,7 @@ def test_compare_reports_paired_intervals(train, log, schema_file, tmp_path, cap
     assert (tmp_path / "c/rankmixer_parquet/seed-0/metrics.json").stat().st_mtime_ns == stamp
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [model["name"] for model in found["models"]] == ["rankmixer_parquet", variant]
-    trained = json.loads((tmp_path / "c" / variant / "seed-0/best/config.json").read_text())
+    trained = checkpoint.load(tmp_path / "c" / variant / "seed-0").run
     assert trained["model"]["num_layers"] == 1 and trained["training"]["optimizer"]["lr"] == 1e-4
     assert main(["describe", "rankmixer_parquet+model.layers=1", *data]) == 2
     assert "no such option; did you mean --model.num_layers" in capsys.readouterr().err

@@ -80,7 +80,10 @@ def _figure(found: dict[str, Any], path: Path) -> None:
     if not others:
         return
     tasks = found["tasks"]
-    figure, axes = plt.subplots(1, len(tasks), figsize=(3.2 * len(tasks) + 1.2, 0.6 * len(others) + 1.6), sharey=True)
+    names = [model["name"].replace("+", "\n+") for model in others]  # a variant has a line for each change
+    height = 0.6 * max(len(others), 0.4 * sum(name.count("\n") + 1 for name in names)) + 1.6
+    size = (3.2 * len(tasks) + 0.2 + 0.08 * max(len(line) for name in names for line in name.split("\n")), height)
+    figure, axes = plt.subplots(1, len(tasks), figsize=size, sharey=True)
     for axis, (task, metrics) in zip([axes] if len(tasks) == 1 else axes, tasks.items()):
         for y, model in enumerate(others):
             entry = model["tasks"].get(task, {}).get(metrics[0], {})
@@ -89,7 +92,7 @@ def _figure(found: dict[str, Any], path: Path) -> None:
                 axis.plot(100 * entry["difference"], y, "o", color="tab:blue" if entry["resolved"] else "lightgrey")
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_title(f"{task}: {TITLES.get(metrics[0], metrics[0].upper())}")
-        axis.set_yticks(range(len(others)), [model["name"] for model in others])
+        axis.set_yticks(range(len(others)), names)
         axis.set_ylim(len(others) - 0.5, -0.5)
     figure.supxlabel(f"x 100 minus that of {found['reference']}, 95 % interval", fontsize=9)
     figure.tight_layout()
