@@ -286,10 +286,7 @@ def requests_a_second(
     url: str, path: str, bodies: Iterator[tuple[bytes, tuple[str, ...]]], *, clients: int, seconds: float,
     warm_up: float = 1.0,
 ) -> tuple[float, list[float]]:  # fmt: skip
-    """Of clients that each ask again when they are answered: answers a second, and milliseconds, after the warm-up.
-
-    One that is refused (503) waits for 20 ms.
-    """
+    """Of clients that each ask again when they are answered: answers a second, and milliseconds, after the warm-up."""
 
     async def story() -> tuple[float, list[float]]:
         client = Client(url, connections=clients)
@@ -299,9 +296,6 @@ def requests_a_second(
         async def ask_again() -> None:
             while (sent := time.perf_counter()) < start + warm_up + seconds:
                 answer = await client.post(path, next(bodies)[0], 60.0)
-                if answer.status == 503:
-                    await asyncio.sleep(0.02)
-                    continue
                 if answer.status != 200:
                     raise SystemExit(f"{path}: {answer.status} {answer.body[:300].decode(errors='replace')}")
                 done = time.perf_counter()

@@ -130,7 +130,9 @@ def _run(recipe: str, changes: dict[str, str]) -> Any:
     from scalerec.recipes.catalogue import find
     from scalerec.training.run import Run
 
-    recipe, *own = re.split(r"\+(?=[a-z][\w.]*=)", recipe)
+    own: list[str] = []
+    if not Path(recipe).is_file():
+        recipe, *own = re.split(r"\+(?=[a-z][\w.]*=)", recipe)
     run = config.read(Run, recipe) if recipe.endswith(".json") else find(recipe)
     run = config.override(run, changes | dict(_pair(change) for change in own))
     return run.model_copy(update={"name": "+".join([run.name, *own])})

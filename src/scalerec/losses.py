@@ -227,7 +227,7 @@ def _pieces(count: int, cost: int, device: torch.device) -> list[slice]:
 
 
 def distinct(rows: int, *ids: Tensor) -> tuple[Tensor, ...]:
-    """The ids that occur [C], ascending, and each argument as row numbers of them; all ids lie below `rows`.
+    """The ids (int64) that occur [C], ascending, and each argument as row numbers of them; all lie in [0, `rows`).
 
     What makes a whole table's ids into the candidates of a softmax: `used, target, negatives = distinct(rows, ...)`.
     """

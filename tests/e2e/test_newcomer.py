@@ -142,7 +142,7 @@ def test_compare_reports_paired_intervals(train, log, schema_file, tmp_path, cap
     assert "small" in (tmp_path / "c/report.md").read_text() and (tmp_path / "c/report.png").stat().st_size > 5_000
     stamp = (tmp_path / "c/rankmixer_parquet/seed-0/metrics.json").stat().st_mtime_ns
     variant = "rankmixer_parquet+model.num_layers=1+training.optimizer.lr=1e-4"
-    command[2:3] = [variant]
+    command[2:3] = [variant, "--workers", "2"]
     assert main(command) == 0, "what is finished is not trained again"
     assert (tmp_path / "c/rankmixer_parquet/seed-0/metrics.json").stat().st_mtime_ns == stamp
     found = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scalerec.errors import InputError
-from scalerec.inference import batching
+from scalerec.inference import demand
 from scalerec.inference.batching import Batcher, Overloaded, TooLate
 
 
@@ -200,31 +200,74 @@ def test_who_would_not_have_his_turn_in_time_is_refused_at_once():
     asyncio.run(story())
 
 
-def test_a_queue_that_does_not_end_makes_it_impatient(monkeypatch):
-    """A burst is worked off and waits as long as it may; under overload those who are taken wait little."""
-    monkeypatch.setattr(batching, "STANDING_S", 0.3)
+def test_a_burst_waits_and_under_overload_those_who_are_taken_wait_little(monkeypatch):
+    monkeypatch.setattr(demand, "WHILE", 0.5)
 
     async def story() -> None:
-        work = Work(seconds=0.05)
-        batcher = Batcher(work, max_items=1, overload_ms=150)
-        for ask in range(3):  # 0.05 s an item, as it learns
+        work = Work(seconds=0.02)
+        batcher = Batcher(work, max_items=1, overload_ms=50)
+        for ask in range(3):  # 0.02 s an item, as it learns
             await batcher.submit(ask)
-        burst = [asyncio.create_task(batcher.submit(ask)) for ask in range(12)]  # 0.6 s of work
-        await asyncio.sleep(0.1)
-        batcher.admit(time.monotonic() + 30)
-        late = await batcher.submit(5, deadline=time.monotonic() + 30)
-        assert late == 10, "0.5 s before it, and nobody was refused"
+        burst = [asyncio.create_task(batcher.submit(ask)) for ask in range(20)]  # 0.4 s of work
+        await asyncio.sleep(0.02)
+        batcher.admit(1, time.monotonic() + 30)
         await asyncio.gather(*burst)
-        crowd = [asyncio.create_task(batcher.submit(ask)) for ask in range(12)]
-        await asyncio.sleep(0.35)  # the queue has stood for longer than a burst, and holds 0.25 s of work
-        for refused in (batcher.submit(1), asyncio.to_thread(batcher.admit)):
-            with pytest.raises(Overloaded, match="longer than this one may"):
-                await refused
-        await asyncio.gather(*crowd)
-        assert await batcher.submit(7) == 14
+
+        outcomes: Counter[str] = Counter()
+        waits: list[float] = []
+
+        async def client(ask: int) -> None:
+            start = time.monotonic()
+            try:
+                await batcher.submit(ask)
+            except Overloaded:
+                outcomes["refused"] += 1
+            else:
+                outcomes["answered"] += 1
+                waits.append(time.monotonic() - start)
+
+        tasks = []
+        for ask in range(240):  # three times what can be answered
+            tasks.append(asyncio.create_task(client(ask)))
+            await asyncio.sleep(0.02 / 3)
+        await asyncio.gather(*tasks)
+        assert outcomes["refused"] > 100 and outcomes["answered"] > 50
+        assert max(waits[-20:]) < 0.25, waits  # of which 0.05 in the queue, once it is known
+        await asyncio.sleep(0.5)
+        assert await asyncio.gather(*(batcher.submit(ask) for ask in range(10))) == [2 * ask for ask in range(10)]
         batcher.close()
 
     asyncio.run(story())
+
+
+def test_a_slow_model_near_its_limit_and_clients_that_wait_are_no_overload():
+    async def story() -> None:
+        batcher = Batcher(Work(seconds=0.03), max_items=1, overload_ms=25)
+
+        async def client(number: int) -> None:
+            for _ in range(10):
+                await batcher.submit(number)
+
+        await asyncio.gather(*(client(number) for number in range(5)))  # four are always ahead of one: 0.12 s
+        batcher.close()
+
+    asyncio.run(story())
+
+
+def test_what_is_asked_for_against_the_best_pace(monkeypatch):
+    monkeypatch.setattr(demand, "WHILE", 2.0)
+    one = demand.Demand(workers=2)
+    for seconds in (0.3, 0.1):
+        one.answer(seconds, 10)
+    one.ask(0.0, 10_000)
+    assert not one.exceeds(1.0), "two batches say little"
+    one.answer(0.2, 10)
+    assert one.pace == 0.02 and one.exceeds(1.0) and not one.exceeds(2.1)  # 0.01 s an item at best
+    for number in range(500):  # 2 workers answer 400 in two seconds, a quarter more is the limit
+        one.ask(3.0, 1)
+        assert not one.exceeds(4.0), number
+    one.ask(3.5, 1)
+    assert one.exceeds(4.9) and not one.exceeds(5.1)
 
 
 def test_one_failing_request_fails_alone():

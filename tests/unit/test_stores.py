@@ -191,7 +191,8 @@ def test_after_a_panic_the_store_is_opened_again(tmp_path: Path) -> None:
     opens = store._open
     store._env, Panics.real = Panics(), store._env
 
-    def fails() -> None:
+    def fails(create: bool) -> None:
+        assert not create, "a store that has gone is not begun anew"
         raise lmdb.DiskError("Input/output error")
 
     store._open = fails  # and as long as it cannot be opened, every call says so and tries again

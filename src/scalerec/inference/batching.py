@@ -12,12 +12,11 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Generic, TypeVar
 
 from scalerec.errors import InputError
+from scalerec.inference.demand import Demand
 
-STANDING_S = 1.0  # a queue that has not been empty for so long is no burst that will be worked off
 Ask = TypeVar("Ask")
 Answer = TypeVar("Answer")
 
@@ -53,8 +52,8 @@ class Batcher(Generic[Ask, Answer]):
             request goes alone.
         size: items of a request, its candidates for one.
         max_queue: so many requests may wait; the next one is refused.
-        overload_ms: once requests have waited for STANDING_S without a pause, more come than can be answered; then one
-            for which others would make it wait longer than this is refused at once, until STANDING_S after the last.
+        overload_ms: while more is asked for than can be answered (`demand`), a request for which others would make it
+            wait longer than this, and longer than it takes itself, is refused at once.
         workers: threads that call `work`.
     """
 
@@ -80,12 +79,9 @@ class Batcher(Generic[Ask, Answer]):
         self._items = 0  # of the queue
         self._running: set[_Waiting] = set()
         self._closed = False
-        self._emptied = time.monotonic()  # when the queue was last seen empty
-        self._impatient_until = 0.0
         self._last_count, self._last_end = 1, 0.0  # requests of the last batch, and when it was done
         self._began: dict[int, tuple[float, int]] = {}  # thread -> when its batch began, its items
-        self._paces: deque[float] = deque(maxlen=5)  # seconds an item, of the last batches
-        self._pace: float | None = None  # their median, which a slow first batch or one long pause does not move
+        self._demand = Demand(workers)
         self._wanted = 1  # so many requests end the worker's wait
         self._turn = threading.Lock()  # one worker at a time looks for a batch
         self._changed = threading.Condition()
@@ -109,9 +105,8 @@ class Batcher(Generic[Ask, Answer]):
         loop = asyncio.get_running_loop()
         one = _Waiting(ask, max(self._size(ask), 1), deadline, loop, loop.create_future())
         with self._changed:
-            self.admit(deadline)
-            if not self._queue:
-                self._emptied = one.since
+            self.admit(one.size, deadline)
+            self._demand.ask(one.since, one.size)
             self._queue.append(one)
             self._items += one.size
             if len(self._queue) == 1 or self._enough():
@@ -125,18 +120,20 @@ class Batcher(Generic[Ask, Answer]):
             if one.answer.cancelled():  # the client has gone, and frees its place
                 self._leave(one)
 
-    def admit(self, deadline: float | None = None) -> None:
-        """Raise as `submit` would now, before anything is spent on a request."""
+    def admit(self, items: int, deadline: float | None = None) -> None:
+        """Raise as `submit` would now, before anything is spent on a request of so many items."""
         now = time.monotonic()
         if deadline is not None and deadline <= now:
             raise TooLate("the deadline had passed when the request came")
         with self._changed:
             if self._closed:
                 raise Overloaded("closing: no new requests")
-            if len(self._queue) >= self._max_queue:
-                raise Overloaded(f"{len(self._queue)} requests wait, no more may")
-            if self._queue and self._too_long(self._ahead(now), deadline, now):
-                raise Overloaded(f"{len(self._queue)} requests wait, longer than this one may")
+            full = len(self._queue) >= self._max_queue
+            if full or (self._queue and self._too_long(items, deadline, now)):
+                self._demand.ask(now, items)
+                raise Overloaded(
+                    f"{len(self._queue)} requests wait, {'no more' if full else 'longer than this one'} may"
+                )
 
     def depth(self) -> int:
         """Requests that wait, without those being worked on."""
@@ -168,8 +165,6 @@ class Batcher(Generic[Ask, Answer]):
             except ValueError:
                 return False
             self._items -= one.size
-            if not self._queue:
-                self._emptied = time.monotonic()
             self._changed.notify()
             return True
 
@@ -179,20 +174,18 @@ class Batcher(Generic[Ask, Answer]):
 
     def _ahead(self, now: float) -> float:
         """Seconds, as far as one can tell, until all that is there has begun."""
-        if self._pace is None:
+        pace = self._demand.pace
+        if pace is None:
             return 0.0
-        left = sum(max(items * self._pace - (now - began), 0.0) for began, items in self._began.values())
-        return (left + self._items * self._pace) / len(self._threads)
+        left = sum(max(items * pace - (now - began), 0.0) for began, items in self._began.values())
+        return (left + self._items * pace) / len(self._threads)
 
-    def _too_long(self, ahead: float, deadline: float | None, now: float) -> bool:
-        """Whether a request that comes now may not wait for so many seconds."""
+    def _too_long(self, items: int, deadline: float | None, now: float) -> bool:
+        """Whether a request of so many items that comes now would wait longer than it may."""
+        ahead = self._ahead(now)
         if deadline is not None and now + ahead > deadline:
             return True
-        overloaded = now < self._impatient_until or now - self._emptied > STANDING_S
-        if overloaded and ahead > self._overload:
-            self._impatient_until = now + STANDING_S  # a queue that is kept short is empty now and then
-            return True
-        return False
+        return ahead > max(self._overload, items * (self._demand.pace or 0.0)) and self._demand.exceeds(now)
 
     def _enough(self) -> bool:
         return len(self._queue) >= self._wanted or self._items >= self._max_items
@@ -210,8 +203,7 @@ class Batcher(Generic[Ask, Answer]):
                 began, items = self._began.pop(threading.get_ident())
                 self._last_count, self._last_end = len(batch), time.monotonic()
                 if len(now) == len(batch):
-                    self._paces.append((self._last_end - began) / items)
-                    self._pace = median(self._paces) if len(self._paces) > 2 else None
+                    self._demand.answer(self._last_end - began, items)
             _deliver(list(zip(now, answers)))
 
     def _take(self) -> list[_Waiting] | None:
@@ -227,8 +219,6 @@ class Batcher(Generic[Ask, Answer]):
                 batch.append(self._queue.popleft())
                 items += batch[-1].size
             self._items -= items
-            if not self._queue:
-                self._emptied = time.monotonic()
             self._running.update(batch)
             self._began[threading.get_ident()] = time.monotonic(), items
             return batch

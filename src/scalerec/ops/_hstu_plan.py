@@ -141,7 +141,7 @@ def _stored(group: Group, tile: Tile, times: Times) -> Tensor:
 
 def bucket_type(count: int) -> torch.dtype:
     """The smallest that holds numbers below `count`."""
-    return torch.uint8 if count <= 256 else torch.int16 if count <= 2**15 else torch.int32
+    return torch.uint8 if count <= 256 else torch.int16
 
 
 def _similar(spans: list[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]]:

@@ -203,6 +203,8 @@ def check(
         raise InputError(f"q, k, v must be [T, H, K], [T, H, K], [T, H, V], not {shapes}")
     if not q.dtype == k.dtype == v.dtype:
         raise InputError(f"q, k and v must have one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
+    if q.device.type == "cpu" and q.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        raise InputError(f"on a CPU q, k and v must be float32, float64 or bfloat16, not {q.dtype}")
     total = len(q)
     lengths = offsets.diff()
     if offsets.dim() != 1 or offsets.dtype != torch.int64 or not len(offsets):
@@ -226,8 +228,8 @@ def check(
             raise InputError("the plan is of other offsets or targets than these; make one for every batch")
     if time is None:
         return
-    if time.dim() != 1 or not time.numel():
-        raise InputError(f"time must be [buckets], not {tuple(time.shape)}")
+    if time.dim() != 1 or not 0 < time.numel() <= 2**15:
+        raise InputError(f"time must be [buckets], at most 32,768, not {tuple(time.shape)}")
     if plan is not None and plan.own_buckets is not None:
         if plan.bucket_count != time.numel():
             raise InputError(f"the plan has {plan.bucket_count} buckets and time {time.numel()}")

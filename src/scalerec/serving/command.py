@@ -46,6 +46,9 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="of the model (default: OMP_NUM_THREADS or measured)")
     parser.add_argument("--batch-wait-ms", type=float, default=2.0, metavar="MS", help="for requests to come together")
     parser.add_argument("--timeout-ms", type=float, default=2_000.0, metavar="MS", help="for its turn, else 503")
+    parser.add_argument(
+        "--overload-ms", type=float, default=25.0, metavar="MS", help="the same while too much is asked"
+    )
     parser.add_argument("--rate", type=float, default=1_000.0, metavar="N", help="requests a second of a key; 0: any")
     parser.add_argument("--max-candidates", type=int, default=4_096, metavar="N")
     parser.add_argument("--drain-seconds", type=float, default=2.0, metavar="S", help="between SIGTERM and the end")
@@ -68,7 +71,10 @@ def settings_of(options: argparse.Namespace) -> Any:
         "exposures": options.exposures, "exposure_rate": options.exposure_rate,
         "weights": shares(options.weights, "--weights"), "salt": options.salt, "precision": options.precision,
         "index": options.index, "batch_wait_ms": options.batch_wait_ms, "drain_seconds": options.drain_seconds,
-        "limits": {"wait_ms": options.timeout_ms, "rate": options.rate, "candidates": options.max_candidates},
+        "limits": {
+            "wait_ms": options.timeout_ms, "overload_ms": options.overload_ms, "rate": options.rate,
+            "candidates": options.max_candidates,
+        },
     }  # fmt: skip
     return config.parse(Settings, said, "scalerec serve")
 

@@ -64,6 +64,7 @@ class ExposureLog:
         self._dropped = {why: metrics.exposed.labels(f"dropped_{why}") for why in ("queue", "disk", "columns")}
         self._queue: queue.Queue[Shown | None] = queue.Queue(settings.exposure_queue)
         self._held: dict[tuple[str, str], list[pa.Table]] = {}
+        self._held_rows = self._held_bytes = 0
         self._since: float | None = None  # when the oldest held row came
         self._number = 0
         self._disk, self._columns = logs.Once("exposures"), logs.Once("exposure_columns")
@@ -137,17 +138,18 @@ class ExposureLog:
             return
         engine = shown[0].engine
         self._held.setdefault((engine.bundle.name, engine.bundle.version), []).append(table)
+        self._held_rows, self._held_bytes = self._held_rows + len(table), self._held_bytes + table.nbytes
         self._since = self._since or time.monotonic()
 
     def _write_if_due(self) -> None:
-        held = [table for tables in self._held.values() for table in tables]
-        full = sum(map(len, held)) >= self.rows or sum(table.nbytes for table in held) >= _HELD_BYTES
+        full = self._held_rows >= self.rows or self._held_bytes >= _HELD_BYTES
         if full or (self._since is not None and time.monotonic() - self._since >= self.seconds):
             self._write()
 
     def _write(self) -> None:
         """One file for each model's rows, complete before it has its name."""
         held, self._held, self._since = self._held, {}, None
+        self._held_rows = self._held_bytes = 0
         for (model, version), tables in ((key, some) for key, all_of in held.items() for some in _alike(all_of)):
             rows = sum(map(len, tables))
             try:

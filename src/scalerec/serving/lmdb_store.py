@@ -137,11 +137,15 @@ class LMDBStore(Store):
             self.kinds.update(kinds)
             self._transact(self._end_filling)
 
-    def _open(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._env = lmdb.open(str(self.folder), map_size=self._first_bytes, max_dbs=3, max_readers=1024)
+    def _open(self, create: bool = True) -> None:
+        if create:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        size = self._first_bytes
+        self._env = lmdb.open(str(self.folder), map_size=size, max_dbs=3, max_readers=1024, create=create)
         self._env.reader_check()  # slots of processes that were killed
-        self._users, self._events, self._facts = (self._env.open_db(name) for name in (b"users", b"events", b"facts"))
+        self._users, self._events, self._facts = (
+            self._env.open_db(name, create=create) for name in (b"users", b"events", b"facts")
+        )
 
     # -- writing
 
@@ -245,7 +249,7 @@ class LMDBStore(Store):
             with self._gate.alone():
                 self._env.close()
                 try:
-                    self._open()
+                    self._open(create=False)  # where a volume has gone no new store is wanted
                     self._broken = False
                 except (lmdb.Error, OSError):
                     pass  # stays closed: the next call fails as well, and tries again

@@ -98,10 +98,10 @@ class Served:
     def depth(self) -> int:
         return self.ranking.depth() + (self.searching.depth() if self.searching else 0)
 
-    def admit(self, deadline: float) -> None:
+    def admit(self, candidates: int, deadline: float) -> None:
         """Overloaded, before anything is read for a request that could not be ranked in time."""
         if self.ranks:
-            self.ranking.admit(deadline)
+            self.ranking.admit(candidates, deadline)
 
     def close(self) -> None:
         """Finish what waits; blocks."""

@@ -83,7 +83,7 @@ class Service:
         served, bucket = self.models.pick(request.user, request.model)
         ids, own = self._candidates(request, served, self.settings.limits.candidates)
         wanted = self._tasks(request, served)
-        served.admit(self._deadline())
+        served.admit(len(ids), self._deadline())
         with served.held():
             found = await self._moment(served, request, ids, own)
             stored = time.perf_counter()
@@ -107,7 +107,7 @@ class Service:
         for field in ("allow", "deny"):
             ranker.columns.candidates(getattr(request, field) or (), field)
         finder = self.models.retriever(request.retriever, ranker)
-        ranker.admit(self._deadline())
+        ranker.admit(request.retrieve, self._deadline())
         with ranker.held(), (finder or ranker).held():
             known = found = await self._moment(ranker, request, (), ())
             if finder is not None and finder is not ranker:

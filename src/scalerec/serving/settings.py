@@ -24,7 +24,7 @@ class Limits(Frozen):
     explained: PositiveInt = 100  # candidates of one explanation
     ahead_seconds: PositiveFloat = 86_400.0  # 422: an event later than this after the service's clock
     wait_ms: PositiveFloat = 2_000.0  # 503: a request that had not begun by then
-    overload_ms: PositiveFloat = 25.0  # 503: one that would wait longer, once there is a queue that does not end
+    overload_ms: PositiveFloat = 25.0  # 503: one that would wait longer, while more is asked than can be answered
     work_ms: PositiveFloat = 30_000.0  # 503: a request that had begun and was not done
     queue: PositiveInt = 256  # 503: requests that wait for a model
     writes: PositiveInt = 64  # 503: batches of events that wait for the store

@@ -98,7 +98,7 @@ class States:
 
     def append(self, events: list[list[Event]]) -> list[bool]:
         """Which of the events are new, to any store; StoreUnavailable when one could not take them."""
-        if len(self.kept) > 1:  # what the last would refuse must not be in the first already
+        if len(self.kept) > 1:  # what is wrong for the last is not in the first already
             for one, its in zip(self.kept, events):
                 one.store.check(its)
         found: list[bool] = []

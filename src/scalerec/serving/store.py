@@ -189,6 +189,9 @@ class Remembered(Store):
             self._read(user)  # what it remembers has the new event
         return new
 
+    def check(self, events: Sequence[Event]) -> None:
+        self.store.check(events)
+
     def past(self, user: Any) -> history.Past:
         return self._read(user)[0]
 
