@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -80,7 +80,7 @@ def batched(ffn: PerTokenFFN, x: Tensor) -> Tensor:
     return (torch.bmm(hidden, ffn.down) + ffn.down_bias[:, None]).transpose(0, 1)
 
 
-def training(call: Callable[[Tensor], Tensor], x: Tensor, parameters: list[Tensor]) -> Callable[[], list[Tensor]]:
+def training(call: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
     """Forward and backward, gradients of `x` and the parameters."""
     slope = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)
     return lambda: list(torch.autograd.grad(call(x), [x, *parameters], slope))
