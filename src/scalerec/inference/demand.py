@@ -6,6 +6,7 @@ from collections import deque
 from statistics import median
 
 WHILE = 2.0  # seconds over which is counted
+BATCHES = 100  # among the last so many is the best pace: small batches, of a quiet moment, are far from it
 MARGIN = 1.25  # so much more than can be answered is overload; chance alone brings less, and clients who wait for
 # their answers ask for no more than is answered
 
@@ -17,8 +18,8 @@ class Demand:
         self.workers = workers
         self._asked: deque[tuple[float, int]] = deque()
         self._items = 0
-        self._paces: deque[float] = deque(maxlen=5)  # seconds an item, of the last batches
-        self.pace: float | None = None  # their median, which a slow first batch or one long pause does not move
+        self._paces: deque[float] = deque(maxlen=BATCHES)  # seconds an item, of the last batches
+        self.pace: float | None = None  # median of the last five, which a slow first or one long pause does not move
 
     def ask(self, now: float, items: int) -> None:
         """So many were asked for, whether or not they are taken."""
@@ -29,7 +30,8 @@ class Demand:
     def answer(self, seconds: float, items: int) -> None:
         """A worker has answered a batch."""
         self._paces.append(seconds / items)
-        self.pace = median(self._paces) if len(self._paces) > 2 else None
+        latest = [self._paces[-i] for i in range(1, min(len(self._paces), 5) + 1)]
+        self.pace = median(latest) if len(latest) > 2 else None
 
     def exceeds(self, now: float) -> bool:
         """Whether more was asked for in the last while than workers at their best pace answer in it, by MARGIN."""
