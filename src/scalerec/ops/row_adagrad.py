@@ -30,10 +30,11 @@ def row_adagrad(weight: Tensor, total: Tensor, rows: Tensor, values: Tensor, lr:
     Raises IndexError where the table has no such row.
     """
     count = max(1, min(torch.get_num_threads(), len(rows) // ALONE))
-    parts = (weight.detach(), total, rows.contiguous(), values.contiguous())
-    arrays = [part.numpy() for part in parts]
+    table, sums = weight.detach().numpy(), total.numpy()
+    ids, gradients = rows.contiguous().numpy(), values.contiguous().numpy()
+    rate, least = np.float32(lr), np.float32(eps)
     # Each thread takes rows by their hash, so that sums do not depend on the number of threads.
-    in_threads(lambda part: _part(*arrays, np.float32(lr), np.float32(eps), part, count), count)
+    in_threads(lambda part: _part(table, sums, ids, gradients, rate, least, part, count), count)
 
 
 @njit(nogil=True, fastmath={"contract", "reassoc"}, error_model="numpy", cache=True)
