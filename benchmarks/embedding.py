@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.machine import describe_machine, options, refuse_if_busy
+from benchmarks.turns import by_threads, endings, spread
 from scalerec.batch import Rows
 from scalerec.features.layout import FeatureLayout, GroupLayout, Layout, Table
 from scalerec.layers.embedding import EmbeddingCollection
@@ -135,8 +136,7 @@ def measure(given: argparse.Namespace) -> dict[str, float]:
                     seconds[name].append(time.perf_counter() - began)
         better = min("apart", "merged", key=lambda name: median(seconds[name]))
         ratios = [a / b for a, b in zip(seconds[better], seconds["ours"])]
-        key = f"embedding_speedup{ending}"
-        found |= {key: median(ratios), f"{key}_low": min(ratios), f"{key}_high": max(ratios)}
+        found |= spread(f"embedding_speedup{ending}", ratios)
         found |= {f"{name}_ms{ending}": 1e3 * median(its) for name, its in seconds.items()}
     found["embedding_speedup"] = min(found["embedding_speedup_uniform"], found["embedding_speedup_zipf"])
     ours = models["ours"].weights()
@@ -144,14 +144,14 @@ def measure(given: argparse.Namespace) -> dict[str, float]:
     return found
 
 
-def show(found: dict[str, Any], machine: dict[str, Any], endings: dict[str, int]) -> None:
+def show(found: dict[str, Any], machine: dict[str, Any], threads: dict[str, int]) -> None:
     grid = Grid("ids", "threads", "apart, ms", "merged, ms", "ours, ms", "better over ours", "spread",
                 caption=", ".join(f"{name} {value}" for name, value in machine.items()))  # fmt: skip
     for kind in ("uniform", "zipf"):
-        for ending, threads in endings.items():
+        for ending, count in threads.items():
             times = [f"{found[f'{name}_ms_{kind}{ending}']:.1f}" for name in ("apart", "merged", "ours")]
             speedup, low, high = (found[f"embedding_speedup_{kind}{part}{ending}"] for part in ("", "_low", "_high"))
-            grid.add_row(kind, str(threads), *times, f"{speedup:.2f}", f"{low:.2f} to {high:.2f}")
+            grid.add_row(kind, str(count), *times, f"{speedup:.2f}", f"{low:.2f} to {high:.2f}")
     Console().print(grid)
 
 
@@ -162,12 +162,9 @@ def main() -> None:
     given = parser.parse_args()
     busy = refuse_if_busy(given.even_if_busy)
     machine = describe_machine()
-    endings = {"": int(machine["threads"]), "_one_thread": 1}
-    found: dict[str, Any] = {}
-    for ending, threads in endings.items():
-        torch.set_num_threads(threads)
-        found |= {name + ending: value for name, value in measure(given).items()}
-    show(found, machine, endings)
+    threads = endings()
+    found = by_threads(lambda: measure(given), threads)
+    show(found, machine, threads)
     if given.json:
         print(json.dumps(found | machine | {"rounds": given.rounds, "busy": busy}))
     if not (error := max(found["max_error"], found["max_error_one_thread"])) <= TOLERANCE:

@@ -37,6 +37,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.machine import describe_machine, options, refuse_if_busy
+from benchmarks.turns import by_threads, endings, in_turn, paired
 from scalerec.ops.hstu_attention import attention_plan, hstu_attention, hstu_attention_reference
 
 LENGTHS = (200, 512, 1024, 2048, 4096, 8192)
@@ -90,15 +91,8 @@ def seconds(call: Callable[[], Any]) -> float:
 
 def in_turns(name: str, first: Callable[[], Any], second: Callable[[], Any], repetitions: int) -> dict[str, float]:
     """Time of the first over that of the second, and milliseconds of both."""
-    for call in (first, second):  # the first run of anything is slower
-        call()
-    pairs = [(seconds(first), seconds(second)) for _ in range(repetitions)]
-    ratios = [a / b for a, b in pairs]
-    found = {name: median(ratios), f"{name}_low": min(ratios), f"{name}_high": max(ratios)}
-    return found | {
-        f"{name}_ms_theirs": 1000 * median(a for a, _ in pairs),
-        f"{name}_ms_ours": 1000 * median(b for _, b in pairs),
-    }
+    seconds = in_turn({"first": first, "second": second}, repetitions)
+    return paired(name, seconds["first"], seconds["second"])
 
 
 def against_reference(length: int, tokens: int, repetitions: int) -> dict[str, float]:
@@ -198,12 +192,9 @@ def main() -> None:
     busy = refuse_if_busy(arguments.even_if_busy)
 
     machine = describe_machine()
-    figures: dict[str, Any] = {}
-    for ending, threads in {"": torch.get_num_threads(), "_one_thread": 1}.items():
-        torch.set_num_threads(threads)
-        found = measure(arguments.tokens, arguments.longest, arguments.repetitions)
-        figures |= {name + ending: value for name, value in found.items()}
-    show(figures, machine, ["", "_one_thread"])
+    threads = endings()
+    figures = by_threads(lambda: measure(arguments.tokens, arguments.longest, arguments.repetitions), threads)
+    show(figures, machine, list(threads))
     if arguments.json:
         print(json.dumps(figures | machine | {"repetitions": arguments.repetitions, "busy": busy}))
     error = max(value for name, value in figures.items() if name.startswith("max_error"))

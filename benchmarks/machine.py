@@ -51,8 +51,9 @@ def describe_machine() -> dict[str, str | int]:
     """The processor, the cores this process may use, torch and its threads: every figure depends on them."""
     import torch  # takes seconds, and benchmarks that are refused need none of it
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"cpu": _cpu(), "cores": cores, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    from scalerec.inference.threads import cores
+
+    return {"cpu": _cpu(), "cores": cores(), "torch": torch.__version__, "threads": torch.get_num_threads()}
 
 
 def _cpu() -> str:

@@ -24,6 +24,7 @@ from rich.table import Table as Grid
 from torch import Tensor
 
 from benchmarks.machine import describe_machine, options, refuse_if_busy
+from benchmarks.turns import spread
 from scalerec.batch import FIRST_ID, Batch, Jagged, Rows
 from scalerec.features.layout import FeatureLayout, GroupLayout, Layout, Table
 from scalerec.inference.forward_delta import Kept, forward_delta
@@ -180,10 +181,6 @@ def curves(model: HSTU, tokens: int, most: int, rounds: int) -> dict[str, float]
         figures[f"us_by_{name}_{many if name == 'candidates' else micro}"] = 1e6 * median(seconds) / many
     model.config = usual
     return figures
-
-
-def spread(name: str, ratios: list[float]) -> dict[str, float]:
-    return {name: median(ratios), f"{name}_low": min(ratios), f"{name}_high": max(ratios)}
 
 
 def multiply_adds(config: HSTUConfig, tokens: int, candidates: int) -> float:

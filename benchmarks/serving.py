@@ -40,6 +40,7 @@ from benchmarks.serving_world import (
     sequence_schema,
     serving,
 )
+from benchmarks.turns import spread
 from scalerec.inference import bundle
 from scalerec.inference.engine import Ask, Engine
 from scalerec.inference.precision import nbytes
@@ -60,10 +61,6 @@ def timed(call: Callable[[], Result]) -> tuple[float, Result]:
     start = time.perf_counter()
     result = call()
     return time.perf_counter() - start, result
-
-
-def spread(name: str, ratios: list[float]) -> dict[str, float]:
-    return {name: median(ratios), f"{name}_low": min(ratios), f"{name}_high": max(ratios)}
 
 
 def large_world(scratch: Path, quick: bool) -> World:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -29,6 +28,7 @@ from rich.table import Table as Grid
 from torch import Tensor
 
 from benchmarks.machine import describe_machine, options, refuse_if_busy
+from benchmarks.turns import in_turn, spread
 from scalerec import checkpoint
 from scalerec.batch import Batch
 from scalerec.data.loader import Loader
@@ -120,18 +120,6 @@ def scored(
     return call
 
 
-def in_turn(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call in every round, after one that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def whole_model(model: RankMixer, batch: Batch, break_even: float, rounds: int) -> dict[str, float]:
     """Both ratios at one batch, the share of open experts, and the largest difference of a logit."""
     share = open_share(model, batch)
@@ -207,10 +195,6 @@ def one_layer(logits: Tensor, dim: int, width: int, ratio: float, rounds: int) -
         "speedup": median(a / b for a, b in zip(seconds["all"], seconds["sparse"])),
         "share": median(a / b for a, b in zip(seconds["dense"], seconds["sparse"])),
     }
-
-
-def spread(name: str, ratios: list[float]) -> dict[str, float]:
-    return {name: median(ratios), f"{name}_low": min(ratios), f"{name}_high": max(ratios)}
 
 
 def curves(model: RankMixer, rows: Batch, given: argparse.Namespace) -> dict[str, float]:

@@ -17,7 +17,6 @@ All in turn, of all threads and, in keys that end in `_one_thread`, of one; medi
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
@@ -28,6 +27,7 @@ from rich.table import Table as Grid
 from torch import Tensor, nn
 
 from benchmarks.machine import describe_machine, options, refuse_if_busy
+from benchmarks.turns import by_threads, endings, in_turn, paired
 from scalerec.models.rankmixer import PerTokenFFN
 from scalerec.ops.per_token import per_token_linear_reference
 from scalerec.ops.token_mixing import token_mixing
@@ -86,24 +86,6 @@ def training(call: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[T
     return lambda: list(torch.autograd.grad(call(x), [x, *parameters], slope))
 
 
-def in_turn(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each in every round, after one that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
-
-
-def spread(name: str, others: list[float], ours: list[float]) -> dict[str, float]:
-    ratios = [a / b for a, b in zip(others, ours)]
-    found = {name: median(ratios), f"{name}_low": min(ratios), f"{name}_high": max(ratios)}
-    return found | {f"{name}_ms_theirs": 1e3 * median(others), f"{name}_ms_ours": 1e3 * median(ours)}
-
-
 def mixing(dim: int, tokens: int, rounds: int) -> dict[str, float]:
     """Both speedups at every number of tokens."""
     found: dict[str, float] = {}
@@ -113,7 +95,7 @@ def mixing(dim: int, tokens: int, rounds: int) -> dict[str, float]:
         for what, models in {"mixing": parts, "layer": {n: Layer(part, dim) for n, part in parts.items()}}.items():
             calls = {name: training(model, x, list(model.parameters())) for name, model in models.items()}
             seconds = in_turn(calls, rounds)
-            found |= spread(f"{what}_speedup_{count}", seconds["attention"], seconds["mixing"])
+            found |= paired(f"{what}_speedup_{count}", seconds["attention"], seconds["mixing"])
     return found
 
 
@@ -130,7 +112,7 @@ def per_token(dtype: torch.dtype, name: str, rows: int, rounds: int) -> dict[str
     errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(calls["ours"](), calls["loop"]())]
     seconds = in_turn(calls, rounds)
     better = min("loop", "batched", key=lambda way: median(seconds[way]))
-    return spread(name, seconds[better], seconds["ours"]) | {f"{name}_error": max(errors)}
+    return paired(name, seconds[better], seconds["ours"]) | {f"{name}_error": max(errors)}
 
 
 def measure(dim: int, tokens: int, rows: int, rounds: int) -> dict[str, float]:
@@ -139,20 +121,18 @@ def measure(dim: int, tokens: int, rows: int, rounds: int) -> dict[str, float]:
     return found | per_token(torch.bfloat16, "ffn_speedup_bf16", rows, rounds)
 
 
-def show(found: dict[str, Any], machine: dict[str, Any], endings: dict[str, int]) -> None:
+def show(found: dict[str, Any], machine: dict[str, Any], threads: dict[str, int]) -> None:
     grid = Grid("", "threads", "other, ms", "ours, ms", "ratio", "spread",
                 caption=", ".join(f"{name} {value}" for name, value in machine.items()))  # fmt: skip
     rows = {f"mixing_speedup_{n}": f"attention over mixing, {n} tokens" for n in COUNTS}
     rows |= {f"layer_speedup_{n}": f"the same, whole layer, {n} tokens" for n in COUNTS}
     rows |= {f"ffn_speedup_{name}": f"loop or bmm over the per-token FFN, {name}" for name in ("fp32", "bf16")}
     for name, label in rows.items():
-        for ending, threads in endings.items():
+        for ending, count in threads.items():
             theirs, ours, ratio, low, high = (
                 found[f"{name}{part}{ending}"] for part in ("_ms_theirs", "_ms_ours", "", "_low", "_high")
             )
-            grid.add_row(
-                label, str(threads), f"{theirs:.1f}", f"{ours:.1f}", f"{ratio:.2f}", f"{low:.2f} to {high:.2f}"
-            )
+            grid.add_row(label, str(count), f"{theirs:.1f}", f"{ours:.1f}", f"{ratio:.2f}", f"{low:.2f} to {high:.2f}")
     Console().print(grid)
 
 
@@ -165,14 +145,9 @@ def main() -> None:
     given = parser.parse_args()
     busy = refuse_if_busy(given.even_if_busy)
     machine = describe_machine()
-    endings = {"": int(machine["threads"]), "_one_thread": 1}
-    found: dict[str, Any] = {}
-    for ending, threads in endings.items():
-        torch.set_num_threads(threads)
-        found |= {
-            name + ending: value for name, value in measure(given.dim, given.tokens, given.rows, given.rounds).items()
-        }
-    show(found, machine, endings)
+    threads = endings()
+    found = by_threads(lambda: measure(given.dim, given.tokens, given.rows, given.rounds), threads)
+    show(found, machine, threads)
     if given.json:
         print(json.dumps(found | machine | {"rounds": given.rounds, "busy": busy}))
     error = max(found["ffn_speedup_fp32_error"], found["ffn_speedup_fp32_error_one_thread"])

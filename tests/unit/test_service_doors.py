@@ -53,13 +53,19 @@ def test_a_key_is_kept_as_a_salted_hash(tmp_path):
         keys.remove(file, "web")
 
 
+def hashed_from_now(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The secrets that are hashed, as they come."""
+    hashed: list[str] = []
+    real = keys._hash
+    monkeypatch.setattr(keys, "_hash", lambda secret, salt: (hashed.append(secret), real(secret, salt))[1])
+    return hashed
+
+
 def test_guessing_is_slow_and_an_unknown_id_costs_no_hash(tmp_path, monkeypatch):
     file = tmp_path / "keys.json"
     right = keys.add(file, "web")
     known = keys.Keys(file)
-    hashed: list[str] = []
-    real = keys._hash
-    monkeypatch.setattr(keys, "_hash", lambda secret, salt: (hashed.append(secret), real(secret, salt))[1])
+    hashed = hashed_from_now(monkeypatch)
     known.check("sr_" + "0" * 12 + "_" + "a" * 32)
     assert not hashed
     started = time.monotonic()
@@ -91,9 +97,7 @@ def test_a_right_key_that_many_requests_bring_at_once_is_right_for_all(tmp_path,
     file = tmp_path / "keys.json"
     right = keys.add(file, "web")
     known = keys.Keys(file)
-    hashed: list[str] = []
-    real = keys._hash
-    monkeypatch.setattr(keys, "_hash", lambda secret, salt: (hashed.append(secret), real(secret, salt))[1])
+    hashed = hashed_from_now(monkeypatch)
     with ThreadPoolExecutor(16) as pool:
         found = list(pool.map(known.check, [right] * 64))
     assert all(found) and len(hashed) == 1

@@ -7,8 +7,9 @@ from statistics import median
 
 WHILE = 2.0  # seconds over which is counted
 BATCHES = 100  # among the last so many is the best pace: small batches, of a quiet moment, are far from it
-MARGIN = 1.25  # so much more than can be answered is overload; chance alone brings less, and clients who wait for
-# their answers ask for no more than is answered
+# So much more than can be answered is overload: chance alone brings less, and clients who wait for their answers ask
+# for no more than is answered.
+MARGIN = 1.25
 
 
 class Demand:
@@ -30,7 +31,7 @@ class Demand:
     def answer(self, seconds: float, items: int) -> None:
         """A worker has answered a batch."""
         self._paces.append(seconds / items)
-        latest = [self._paces[-i] for i in range(1, min(len(self._paces), 5) + 1)]
+        latest = list(self._paces)[-5:]
         self.pace = median(latest) if len(latest) > 2 else None
 
     def exceeds(self, now: float) -> bool:
