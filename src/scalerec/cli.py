@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; 0 done, 1 it found what it looks for, 2 the input has to change (a line on standard error)."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # asked to stop, by whoever: as with Ctrl-C
     try:
         for package in options.allow:
             config.allow(package)

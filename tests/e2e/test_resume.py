@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
+import time
 
 import pytest
+from filelock import FileLock
 
 from benchmarks.resume import OPTIONS, command, killed, losses, outcome
 from scalerec.cli import main
@@ -55,3 +58,30 @@ def test_resuming_with_other_options_or_threads_is_refused(whole, capsys, monkey
         assert "was trained with 2 threads" in capsys.readouterr().err
     finally:
         (whole / "metrics.aside").rename(whole / "metrics.json")
+
+
+@pytest.mark.slow
+def test_a_stopped_comparison_takes_its_trainings_with_it(environment, tmp_path):
+    """Those left behind would go on writing where the next comparison resumes."""
+    changes = [word for path, value in OPTIONS.items() for word in (f"--{path}", str(value))]
+    recipes = ["rankmixer_synthetic", "dcnv2_synthetic"]
+    whole = [sys.executable, "-m", "scalerec", "compare", *recipes, "--workers", "2", "--out", str(tmp_path)]
+    long = ["--seeds", "1", *changes, "--training.epochs", "500"]
+    with subprocess.Popen([*whole, *long], env=environment, stderr=subprocess.PIPE, text=True) as running:
+        folders = [tmp_path / recipe / "seed-0" for recipe in recipes]
+        while not all((folder / "log.jsonl").exists() and losses(folder) for folder in folders):
+            assert running.poll() is None
+            time.sleep(0.05)
+        running.terminate()
+        assert running.wait(60) == 130
+        assert "interrupted" in running.stderr.read()
+    for folder in folders:
+        with FileLock(folder / ".lock", timeout=30):  # nobody is at work there any more
+            pass
+
+
+def test_two_trainings_in_one_folder_are_refused(environment, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SCALEREC_CACHE", environment["SCALEREC_CACHE"])
+    with FileLock(tmp_path / ".lock"):
+        assert main(command(tmp_path)[3:]) == 2
+    assert f"another process trains into {tmp_path}" in capsys.readouterr().err

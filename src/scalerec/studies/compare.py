@@ -20,6 +20,7 @@ from scalerec.config import override
 from scalerec.data.reader import ParquetRows
 from scalerec.errors import InputError
 from scalerec.evaluate import NEXT, Predictions
+from scalerec.inference.threads import cores
 from scalerec.models.sequential import SequentialConfig
 from scalerec.studies import reference, report
 from scalerec.training.run import Run
@@ -57,9 +58,10 @@ def compare(
     console = Console(stderr=True)
     for run in runs:  # once, before any worker
         run.data.prepare(lambda message: console.print(message, highlight=False, markup=False))
+    children: list[subprocess.Popen[str]] = []
     with ThreadPoolExecutor(workers) as pool:
         jobs = [
-            pool.submit(_train, run, seed, out / run.name / f"seed-{seed}", workers, console)
+            pool.submit(_train, run, seed, out / run.name / f"seed-{seed}", workers, console, children)
             for run in runs
             for seed in range(seeds)
         ]
@@ -72,6 +74,8 @@ def compare(
                 job.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for child in children:
+                child.terminate()
             raise
     tasks = [task.name for task in first.data.schema().tasks]
     results = {name: [_read(out / name / f"seed-{seed}") for seed in range(seeds)] for name in names}
@@ -108,7 +112,9 @@ def _same_positive(runs: list[Run]) -> None:
             )
 
 
-def _train(run: Run, seed: int, folder: Path, workers: int, console: Console) -> None:
+def _train(
+    run: Run, seed: int, folder: Path, workers: int, console: Console, children: list[subprocess.Popen[str]]
+) -> None:
     """Train one run unless it is finished; a cut one is resumed, another run in its place is an error."""
     run = override(run, {"training.seed": str(seed)})
     if (folder / "metrics.json").exists():
@@ -122,15 +128,18 @@ def _train(run: Run, seed: int, folder: Path, workers: int, console: Console) ->
         train(run, folder, resume=resume)
         return
     # A process each: the models are small, so cores serve better one run apiece than all on one.
-    threads = str(max((os.cpu_count() or 1) // workers, 1))
+    threads = str(max(cores() // workers, 1))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.json").write_text(run.model_dump_json())
     command = [sys.executable, "-m", "scalerec", "train", str(folder / "run.json"), "--out", str(folder), "--quiet"]
-    done = subprocess.run(
-        command + ["--resume"] * resume, env={**os.environ, "OMP_NUM_THREADS": threads}, capture_output=True, text=True
-    )
-    if done.returncode:
-        raise InputError(f"{run.name}, seed {seed}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
+    child = subprocess.Popen(
+        command + ["--resume"] * resume, env={**os.environ, "OMP_NUM_THREADS": threads},
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    children.append(child)
+    said = child.communicate()[1]
+    if child.returncode:
+        raise InputError(f"{run.name}, seed {seed}: {(said.strip().splitlines() or ['failed'])[-1]}")
 
 
 def _reference(run: Run, folder: Path, seed: int, console: Console) -> None:

@@ -6,11 +6,14 @@ import json
 import shutil
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 
 from scalerec import checkpoint, evaluate
@@ -270,6 +273,17 @@ def check_same(earlier: checkpoint.Checkpoint, run: Run, out: Path) -> None:
             )
 
 
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """InputError while another process trains into `out`: two would write over each other's checkpoints."""
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / ".lock", blocking=False):
+            yield
+    except Timeout:
+        raise InputError(f"another process trains into {out}: stop it first, or pass another --out") from None
+
+
 def train(run: Run, out: Path, *, resume: bool = False, warm_start: Path | None = None, quiet: bool = False) -> dict:
     """Train `run` into `out` and measure its best checkpoint on the validation and test rows.
 
@@ -277,13 +291,14 @@ def train(run: Run, out: Path, *, resume: bool = False, warm_start: Path | None 
     TensorBoard events, checkpoints.
 
     Raises:
-        InputError: bad options, bad data, a full disk; the last good checkpoint survives.
+        InputError: bad options, bad data, a full disk, another process at work in `out`; the last good checkpoint
+            survives.
     """
     done = out / "metrics.json"
     if resume and done.exists():
         check_same(checkpoint.load(out), run, out)
         return json.loads(done.read_text())
-    with Log(out, quiet=quiet, tensorboard=run.training.tensorboard) as log:
+    with _alone(out), Log(out, quiet=quiet, tensorboard=run.training.tensorboard) as log:
         training = Training(run, out, resume=resume, warm_start=warm_start, log=log)
         training.fit()
         training.model.load_state_dict(checkpoint.load(out).weights)
