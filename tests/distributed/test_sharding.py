@@ -121,7 +121,6 @@ def train(model, optimizers, batches, add=add_over_ranks, scale=1.0):
             optimizer.zero_grad(set_to_none=True)
         (loss * scale).backward()
         average_gradients(dense)
-        torch.nn.utils.clip_grad_norm_(dense, 1.0)
         for optimizer in optimizers.values():
             optimizer.step()
         losses.append(loss.item())

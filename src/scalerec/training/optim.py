@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from scalerec.config import Config
 from scalerec.models.base import Model
 from scalerec.ops.row_adagrad import row_adagrad
+from scalerec.training.dense_optim import AdamW, RMSprop
 
 DenseKind = Literal["rmsprop", "adamw"]
 SparseKind = Literal["adagrad", "rowwise_adagrad", "adamw", "rowwise_adamw", "dense"]
@@ -30,7 +31,7 @@ class OptimizerConfig(Config):
     lr: float = 1e-3
     smoothing: float = 0.99  # rmsprop
     betas: tuple[Beta, Beta] = (0.9, 0.999)  # adamw, of the dense part and of the tables
-    weight_decay: float = 0.0  # decoupled
+    weight_decay: float = 0.0  # adamw: decoupled; rmsprop: added to the gradient
     eps: float = 1e-8
     embedding: SparseKind = "adagrad"  # dense: the tables are parameters like all others, with their optimiser and rate
     embedding_lr: float = 0.05
@@ -52,17 +53,14 @@ class OptimizerConfig(Config):
         return {"dense": self.build_dense(model.dense_parameters()), "embedding": self.build_embedding(tables)}
 
     def build_dense(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        """Over parameters whose gradients may be sparse: they are made dense before the step."""
+        """Over parameters whose gradients may be sparse: `step` makes them dense, and clips all together."""
         if self.dense == "adamw":
-            found = torch.optim.AdamW(
-                parameters, self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
+            return AdamW(
+                parameters, self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, clip=self.clip
             )
-        else:
-            found = torch.optim.RMSprop(
-                parameters, self.lr, alpha=self.smoothing, eps=self.eps, weight_decay=self.weight_decay
-            )
-        found.register_step_pre_hook(lambda *_: densify(parameters))
-        return found
+        return RMSprop(
+            parameters, self.lr, alpha=self.smoothing, eps=self.eps, weight_decay=self.weight_decay, clip=self.clip
+        )
 
     def build_embedding(self, parameters: list[nn.Parameter]) -> RowAdagrad | RowAdamW:
         """Over parameters with sparse gradients."""
@@ -80,13 +78,6 @@ def set_rates(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> Non
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
-
-
-def densify(parameters: Iterable[nn.Parameter]) -> None:
-    """Sparse gradients as dense ones, in place; for what must see all of them at once, such as clipping."""
-    for parameter in parameters:
-        if parameter.grad is not None and parameter.grad.is_sparse:
-            parameter.grad = parameter.grad.to_dense()
 
 
 class _RowOptimizer(torch.optim.Optimizer, ABC):

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from torch import nn
 
 from scalerec import checkpoint, evaluate
 from scalerec.batch import Batch
@@ -29,7 +28,8 @@ from scalerec.models.base import Model
 from scalerec.schema import Schema
 from scalerec.training.generators import generator_states, restore_generators
 from scalerec.training.log import Log
-from scalerec.training.optim import densify, load_state_tensors, set_rates, state_tensors
+from scalerec.training.memory import keep_freed_memory
+from scalerec.training.optim import load_state_tensors, set_rates, state_tensors
 from scalerec.training.run import Run
 from scalerec.training.warm_start import transfer
 
@@ -66,6 +66,7 @@ class Training:
         threads = self.config.threads or torch.get_num_threads()
         earlier = self._earlier(resume, threads)
         torch.set_num_threads(threads)
+        keep_freed_memory()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.type == "cpu":  # or two threads add up a gradient in whichever order they come
             torch.use_deterministic_algorithms(True)
@@ -182,10 +183,6 @@ class Training:
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if self.config.optimizer.clip:
-            clipped = self.optimizers["dense"].param_groups[0]["params"]
-            densify(clipped)
-            nn.utils.clip_grad_norm_(clipped, self.config.optimizer.clip)
         for optimizer in self.optimizers.values():
             optimizer.step()
         self.model.after_step()

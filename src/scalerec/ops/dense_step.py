@@ -1,0 +1,145 @@
+"""RMSProp and AdamW of all dense parameters in one pass over each, on a CPU (Tieleman & Hinton 2012; Loshchilov 2019).
+
+torch passes over a parameter six to ten times; here its gradient, its state and itself are read and written once, which
+is all that a step of a hundred million parameters has to wait for. Gradients may be bf16. The plain twins, for any
+device, are torch's own optimisers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from scalerec.ops._threads import in_threads
+
+CHUNK = 2048  # entries in the first cache
+ALONE = 100_000  # entries that are not worth a second thread
+
+
+def gradient_norm(gradients: Sequence[Tensor]) -> float:
+    """Euclidean norm of all gradients together, float32 or bf16."""
+    arrays = [_flat(gradient) for gradient in gradients]
+    threads = _threads(arrays)
+    sums = [0.0] * threads
+
+    def task(thread: int) -> None:
+        sums[thread] = sum(_squares(array, *_piece(len(array), thread, threads)) for array in arrays)
+
+    in_threads(task, threads)
+    return float(np.sqrt(sum(sums)))
+
+
+def rmsprop(
+    weights: Sequence[Tensor], squares: Sequence[Tensor], gradients: Sequence[Tensor], *, lr: float, smoothing: float,
+    eps: float, decay: float, scale: float,
+) -> None:  # fmt: skip
+    """With g the gradient times `scale`, and decay w: v = a v + (1 - a) g^2, w -= lr g / (sqrt(v) + eps), in place.
+
+    Weights and squares are float32, gradients float32 or bf16, all contiguous.
+    """
+    numbers = [np.float32(x) for x in (lr, smoothing, 1 - smoothing, eps, decay, scale)]
+    _over([weights, squares, gradients], lambda arrays, lo, hi: _rmsprop(*arrays, lo, hi, *numbers))
+
+
+def adamw(
+    weights: Sequence[Tensor], firsts: Sequence[Tensor], seconds: Sequence[Tensor], gradients: Sequence[Tensor], *,
+    lr: float, betas: tuple[float, float], eps: float, decay: float, scale: float, steps: int,
+) -> None:  # fmt: skip
+    """With g the gradient times `scale` and t = `steps`, from 1: the moments m and v of g and g^2 with decays b1, b2;
+
+    w -= lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay w), in place.
+    """
+    unbiased = [1 - beta**steps for beta in betas]
+    given = (*betas, 1 - betas[0], 1 - betas[1], lr / unbiased[0], unbiased[1] ** -0.5, eps, lr * decay, scale)
+    numbers = [np.float32(x) for x in given]
+    _over([weights, firsts, seconds, gradients], lambda arrays, lo, hi: _adamw(*arrays, lo, hi, *numbers))
+
+
+def _over(tensors: Sequence[Sequence[Tensor]], kernel: Callable[[Sequence[np.ndarray], int, int], None]) -> None:
+    """The kernel on every parameter, each thread on a piece of its own."""
+    of_parameter = [[_flat(tensor) for tensor in of_one] for of_one in zip(*tensors)]
+    threads = _threads([arrays[0] for arrays in of_parameter])
+
+    def task(thread: int) -> None:
+        for arrays in of_parameter:
+            kernel(arrays, *_piece(len(arrays[0]), thread, threads))
+
+    in_threads(task, threads)
+    for weight in tensors[0]:
+        torch.autograd.graph.increment_version(weight)  # as torch's own operations in place do
+
+
+def _flat(tensor: Tensor) -> np.ndarray:
+    """[n] view; bf16, which numpy does not know, as its bits."""
+    flat = tensor.detach().view(-1)
+    return (flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat).numpy()
+
+
+def _threads(arrays: Sequence[np.ndarray]) -> int:
+    return max(1, min(torch.get_num_threads(), sum(map(len, arrays)) // ALONE))
+
+
+def _piece(size: int, thread: int, threads: int) -> tuple[int, int]:
+    return size * thread // threads, size * (thread + 1) // threads
+
+
+_compiled = njit(nogil=True, fastmath={"contract", "reassoc"}, error_model="numpy", cache=True)
+
+
+@_compiled
+def _widened(gradient, bits, lo, count):  # pragma: no cover - compiled
+    """float32 of `count` entries, in `bits`."""
+    wide = bits.view(np.float32)
+    if gradient.itemsize == 2:  # bf16 is the upper half of float32
+        for i in range(count):
+            bits[i] = np.uint32(np.uint16(gradient[lo + i])) << np.uint32(16)
+    else:
+        for i in range(count):
+            wide[i] = gradient[lo + i]
+    return wide
+
+
+@_compiled
+def _squares(gradient, lo, hi):  # pragma: no cover - compiled
+    total, bits = 0.0, np.empty(CHUNK, np.uint32)
+    for first in range(lo, hi, CHUNK):
+        count = min(CHUNK, hi - first)
+        wide, part = _widened(gradient, bits, first, count), np.float32(0)
+        for i in range(count):
+            part += wide[i] * wide[i]
+        total += part
+    return total
+
+
+@_compiled
+def _rmsprop(weight, square, gradient, lo, hi, lr, smoothing, fresh, eps, decay, scale):  # pragma: no cover - compiled
+    bits = np.empty(CHUNK, np.uint32)
+    for first in range(lo, hi, CHUNK):
+        count = min(CHUNK, hi - first)
+        wide = _widened(gradient, bits, first, count)
+        w, v = weight[first : first + count], square[first : first + count]
+        for i in range(count):
+            g = wide[i] * scale + decay * w[i]
+            v[i] = smoothing * v[i] + fresh * g * g
+            w[i] -= lr * g / (np.sqrt(v[i]) + eps)
+
+
+@_compiled
+def _adamw(
+    weight, first_moment, second_moment, gradient, lo, hi, beta1, beta2, fresh1, fresh2, lr, correction, eps, decay, scale
+):  # pragma: no cover - compiled  # fmt: skip
+    bits = np.empty(CHUNK, np.uint32)
+    for first in range(lo, hi, CHUNK):
+        count = min(CHUNK, hi - first)
+        wide = _widened(gradient, bits, first, count)
+        stop = first + count
+        w, m, v = weight[first:stop], first_moment[first:stop], second_moment[first:stop]
+        for i in range(count):
+            g = wide[i] * scale
+            m[i] = beta1 * m[i] + fresh1 * g
+            v[i] = beta2 * v[i] + fresh2 * g * g
+            w[i] -= lr * m[i] / (np.sqrt(v[i]) * correction + eps) + decay * w[i]
