@@ -116,7 +116,8 @@ class Case:
 
     def __init__(self, model: ModelConfig, rows: int, precision: Any, folder: Path):
         data = Synthetic(rows=max(20_000, 3 * rows))
-        config = TrainingConfig(batch_size=rows, precision=precision, threads=torch.get_num_threads(), tensorboard=False)
+        threads = torch.get_num_threads()
+        config = TrainingConfig(batch_size=rows, precision=precision, threads=threads, tensorboard=False)
         run = Run(name="training_step", data=data, model=model, training=config)
         self.training = Training(run, folder, log=Log(folder, quiet=True, tensorboard=False))
         self.model = self.training.model.train()
@@ -218,14 +219,12 @@ def note(what: str) -> None:
 def show(found: dict[str, Any], machine: dict[str, Any], threads: dict[str, int]) -> None:
     caption = ", ".join(f"{name} {value}" for name, value in machine.items())
     grid = Grid("", "threads", "ms", "share or MFU", "spread", caption=caption)
-    for ending, count in threads.items():
-        for key, value in found.items():
-            if not key.startswith(("gemm_share", "mfu")) or f"{key}_low{ending}" not in found and ending:
-                continue
-            if f"{key}_low" in found and not ending or ending and key.endswith(ending):
-                base = key.removesuffix(ending) if ending else key
-                low, high, ms = (found[f"{base}_{part}{ending}"] for part in ("low", "high", "ms"))
-                grid.add_row(base, str(count), f"{ms:,.1f}", f"{value:.3f}", f"{low:.3f} to {high:.3f}")
+    keys = [key.removesuffix("_low") for key in found if key.endswith("_low")]
+    for key in keys:
+        for ending, count in threads.items():
+            low, high, ms = (found[f"{key}_{part}{ending}"] for part in ("low", "high", "ms"))
+            share = found[key + ending]
+            grid.add_row(key, str(count), f"{ms:,.1f}", f"{share:.3f}", f"{low:.3f} to {high:.3f}")
     Console().print(grid)
 
 

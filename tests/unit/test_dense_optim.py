@@ -10,7 +10,10 @@ from scalerec.ops.dense_step import ALONE, gradient_norm
 from scalerec.training.dense_optim import AdamW, RMSprop, densify
 
 SHAPES = ((3,), (40, 50), (2049,), (5, 7, 11))
-KINDS = {"rmsprop": (RMSprop, torch.optim.RMSprop, {"alpha": 0.9}), "adamw": (AdamW, torch.optim.AdamW, {"betas": (0.8, 0.95)})}
+KINDS = {
+    "rmsprop": (RMSprop, torch.optim.RMSprop, {"alpha": 0.9}),
+    "adamw": (AdamW, torch.optim.AdamW, {"betas": (0.8, 0.95)}),
+}
 
 
 def parameters(shapes=SHAPES, dtype=torch.float32):

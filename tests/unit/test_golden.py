@@ -20,6 +20,7 @@ from scalerec.features.encoder import Encoder
 from scalerec.inference import bundle, golden, precision
 from scalerec.inference.golden_requests import CANDIDATES, USERS, from_json, golden_requests, to_json
 from scalerec.models import rankmixer
+from scalerec.ops import mix_norm
 from scalerec.schema import Categorical, Cross, Group, Numeric, Schema
 from tests.contract.world import SCHEMA, make_world
 from tests.unit.bundles import CONFIGS, refused, runs_and_bundles, saved_run, signed_again
@@ -189,7 +190,7 @@ def test_layers_whose_code_changed_are_named(made, monkeypatch):
         refused(made["rankmixer"][1], "layer 'blocks.0.ffn' departs first")
         refused(made["hstu_joint"][1], "layer 'heads' departs first")
     with monkeypatch.context() as patch:
-        patch.setattr(rankmixer, "token_mixing", lambda x, heads: x.flip(1))
+        patch.setattr(rankmixer, "mix_add_norm", lambda x, *norm: mix_norm.mix_add_norm(x.flip(1), *norm))
         refused(made["rankmixer"][1], "layer 'blocks.0.mixed_norm' departs first")
     with monkeypatch.context() as patch:
         true = torch.nn.functional.normalize

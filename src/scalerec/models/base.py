@@ -92,6 +92,9 @@ class Model(nn.Module):
         """What a training step minimises; models that learn from more than the rows say so here."""
         return self.loss(self(batch), batch)
 
+    def begin_bf16(self) -> None:
+        """Called once before a training on a CPU whose matrix products are in bf16."""
+
     def after_step(self) -> None:
         """Called after each optimiser step, for models that move controllers of their own."""
 

@@ -20,7 +20,8 @@ from scalerec.layers.heads import HeadKind, Heads
 from scalerec.layers.tokenizer import Tokenizer, TokenizerKind
 from scalerec.losses import Term
 from scalerec.models.base import FeatureJoin, Joined, Model, ModelConfig, count
-from scalerec.ops.per_token import per_token_linear
+from scalerec.ops.mix_norm import add_norm, mix_add_norm
+from scalerec.ops.per_token_ffn import per_token_ffn
 from scalerec.ops.token_mixing import revert_mixing, token_mixing
 
 
@@ -93,8 +94,21 @@ class PerTokenFFN(nn.Module):
         if self.shared:
             hidden = nn.functional.gelu(x_BTD @ self.up[0] + self.up_bias[0])
             return hidden @ self.down[0] + self.down_bias[0]
-        h_TBF = nn.functional.gelu(per_token_linear(x_BTD.transpose(0, 1), self.up, self.up_bias))
-        return per_token_linear(h_TBF, self.down, self.down_bias).transpose(0, 1)
+        return per_token_ffn(x_BTD, self.up, self.up_bias, self.down, self.down_bias)
+
+
+class MixedNorm(nn.LayerNorm):
+    """LN(Mix(x) + x)."""
+
+    def forward(self, x_BTD: Tensor) -> Tensor:  # type: ignore[override]
+        return mix_add_norm(x_BTD, self.weight, self.bias, self.eps)
+
+
+class ResidualNorm(nn.LayerNorm):
+    """LN(y + x)."""
+
+    def forward(self, y_BTD: Tensor, x_BTD: Tensor) -> Tensor:  # type: ignore[override]
+        return add_norm(y_BTD, x_BTD, self.weight, self.bias, self.eps)
 
 
 class RankMixerBlock(nn.Module):
@@ -107,8 +121,8 @@ class RankMixerBlock(nn.Module):
         super().__init__()
         tokens, dim = config.num_tokens, config.dim
         self.tokens, self.heads = tokens, config.num_heads or tokens
-        self.mixed_norm = nn.LayerNorm(dim)
-        self.norm = nn.LayerNorm(dim)
+        self.mixed_norm = MixedNorm(dim) if self.heads == tokens else ResidualNorm(dim)
+        self.norm = ResidualNorm(dim)
         self.ffn: PerTokenFFN | ExpertFFN
         if config.experts.count:
             self.ffn = ExpertFFN(tokens, dim, config.hidden, config.experts, config.shared_ffn)
@@ -120,12 +134,12 @@ class RankMixerBlock(nn.Module):
             self.mixed_ffn = PerTokenFFN(self.heads, tokens * dim // self.heads, config.ffn_dim)
 
     def forward(self, x_BTD: Tensor, step: RouterStep | None = None) -> Tensor:
-        mixed = token_mixing(x_BTD, self.heads)
-        if self.mixed_ffn is not None:
-            mixed = revert_mixing(self.mixed_ffn(mixed), self.tokens)
-        s = self.mixed_norm(mixed + x_BTD)
+        if self.mixed_ffn is None:
+            s = self.mixed_norm(x_BTD)
+        else:
+            s = self.mixed_norm(revert_mixing(self.mixed_ffn(token_mixing(x_BTD, self.heads)), self.tokens), x_BTD)
         out = self.ffn(s, step) if isinstance(self.ffn, ExpertFFN) else self.ffn(s)
-        return self.norm(self.dropout(out) + s)
+        return self.norm(self.dropout(out), s)
 
 
 class RankMixer(Model):
@@ -171,6 +185,12 @@ class RankMixer(Model):
         strength = experts.balance if self.control is None else self.control.strength[0]
         cost, weight = self.last.penalty()
         return {**terms, "gates": Term(strength * cost, weight)}
+
+    def begin_bf16(self) -> None:
+        """Gradients of the FFNs' weights are products in bf16: they stay so, half as much to write and to read."""
+        for module in self.modules():
+            if isinstance(module, PerTokenFFN) and hasattr(module.up, "grad_dtype"):  # since torch 2.10
+                module.up.grad_dtype = module.down.grad_dtype = torch.bfloat16
 
     def after_step(self) -> None:
         if self.last is not None:

@@ -1,7 +1,8 @@
 """RMSProp and AdamW of all dense parameters in one pass over each, on a CPU (Tieleman & Hinton 2012; Loshchilov 2019).
 
 torch passes over a parameter six to ten times; here its gradient, its state and itself are read and written once, which
-is all that a step of a hundred million parameters has to wait for. Gradients may be bf16. The plain twins, for any
+is all that a step of a hundred million parameters has to wait for. Gradients may be bf16, and a copy of the weights in
+bf16 (`ops.halved`) is written along. The plain twins, for any
 device, are torch's own optimisers.
 """
 
@@ -11,10 +12,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
+from scalerec.ops._bf16 import array, compiled, narrow, widen
 from scalerec.ops._threads import in_threads
+from scalerec.ops.halved import kept, renewed
 
 CHUNK = 2048  # entries in the first cache
 ALONE = 100_000  # entries that are not worth a second thread
@@ -22,12 +24,12 @@ ALONE = 100_000  # entries that are not worth a second thread
 
 def gradient_norm(gradients: Sequence[Tensor]) -> float:
     """Euclidean norm of all gradients together, float32 or bf16."""
-    arrays = [_flat(gradient) for gradient in gradients]
+    arrays = [array(gradient.view(-1)) for gradient in gradients]
     threads = _threads(arrays)
     sums = [0.0] * threads
 
     def task(thread: int) -> None:
-        sums[thread] = sum(_squares(array, *_piece(len(array), thread, threads)) for array in arrays)
+        sums[thread] = sum(_squares(one, *_piece(len(one), thread, threads)) for one in arrays)
 
     in_threads(task, threads)
     return float(np.sqrt(sum(sums)))
@@ -60,8 +62,11 @@ def adamw(
 
 
 def _over(tensors: Sequence[Sequence[Tensor]], kernel: Callable[[Sequence[np.ndarray], int, int], None]) -> None:
-    """The kernel on every parameter, each thread on a piece of its own."""
-    of_parameter = [[_flat(tensor) for tensor in of_one] for of_one in zip(*tensors)]
+    """The kernel on every parameter (the first of `tensors`) and its copy in bf16, each thread on its own piece."""
+    weights, *others = tensors
+    nothing = torch.empty(0, dtype=torch.bfloat16)
+    halves = [nothing if (half := kept(weight)) is None else half for weight in weights]
+    of_parameter = [[array(tensor.view(-1)) for tensor in of_one] for of_one in zip(weights, halves, *others)]
     threads = _threads([arrays[0] for arrays in of_parameter])
 
     def task(thread: int) -> None:
@@ -69,14 +74,9 @@ def _over(tensors: Sequence[Sequence[Tensor]], kernel: Callable[[Sequence[np.nda
             kernel(arrays, *_piece(len(arrays[0]), thread, threads))
 
     in_threads(task, threads)
-    for weight in tensors[0]:
+    for weight in weights:
         torch.autograd.graph.increment_version(weight)  # as torch's own operations in place do
-
-
-def _flat(tensor: Tensor) -> np.ndarray:
-    """[n] view; bf16, which numpy does not know, as its bits."""
-    flat = tensor.detach().view(-1)
-    return (flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat).numpy()
+        renewed(weight)
 
 
 def _threads(arrays: Sequence[np.ndarray]) -> int:
@@ -87,59 +87,53 @@ def _piece(size: int, thread: int, threads: int) -> tuple[int, int]:
     return size * thread // threads, size * (thread + 1) // threads
 
 
-_compiled = njit(nogil=True, fastmath={"contract", "reassoc"}, error_model="numpy", cache=True)
-
-
-@_compiled
-def _widened(gradient, bits, lo, count):  # pragma: no cover - compiled
-    """float32 of `count` entries, in `bits`."""
-    wide = bits.view(np.float32)
-    if gradient.itemsize == 2:  # bf16 is the upper half of float32
-        for i in range(count):
-            bits[i] = np.uint32(np.uint16(gradient[lo + i])) << np.uint32(16)
-    else:
-        for i in range(count):
-            wide[i] = gradient[lo + i]
-    return wide
-
-
-@_compiled
+@compiled
 def _squares(gradient, lo, hi):  # pragma: no cover - compiled
     total, bits = 0.0, np.empty(CHUNK, np.uint32)
+    wide = bits.view(np.float32)
     for first in range(lo, hi, CHUNK):
         count = min(CHUNK, hi - first)
-        wide, part = _widened(gradient, bits, first, count), np.float32(0)
+        widen(gradient[first : first + count], bits)
+        part = np.float32(0)
         for i in range(count):
             part += wide[i] * wide[i]
         total += part
     return total
 
 
-@_compiled
-def _rmsprop(weight, square, gradient, lo, hi, lr, smoothing, fresh, eps, decay, scale):  # pragma: no cover - compiled
+@compiled
+def _rmsprop(weight, half, square, gradient, lo, hi, lr, smoothing, fresh, eps, decay, scale):  # pragma: no cover
     bits = np.empty(CHUNK, np.uint32)
+    wide = bits.view(np.float32)
     for first in range(lo, hi, CHUNK):
-        count = min(CHUNK, hi - first)
-        wide = _widened(gradient, bits, first, count)
-        w, v = weight[first : first + count], square[first : first + count]
-        for i in range(count):
+        stop = min(first + CHUNK, hi)
+        w, v = weight[first:stop], square[first:stop]
+        widen(gradient[first:stop], bits)
+        for i in range(len(w)):
             g = wide[i] * scale + decay * w[i]
             v[i] = smoothing * v[i] + fresh * g * g
             w[i] -= lr * g / (np.sqrt(v[i]) + eps)
+            wide[i] = w[i]
+        if len(half):
+            narrow(bits, half[first:stop])
 
 
-@_compiled
+@compiled
 def _adamw(
-    weight, first_moment, second_moment, gradient, lo, hi, beta1, beta2, fresh1, fresh2, lr, correction, eps, decay, scale
+    weight, half, first_moment, second_moment, gradient, lo, hi, beta1, beta2, fresh1, fresh2, lr, correction, eps,
+    decay, scale,
 ):  # pragma: no cover - compiled  # fmt: skip
     bits = np.empty(CHUNK, np.uint32)
+    wide = bits.view(np.float32)
     for first in range(lo, hi, CHUNK):
-        count = min(CHUNK, hi - first)
-        wide = _widened(gradient, bits, first, count)
-        stop = first + count
+        stop = min(first + CHUNK, hi)
         w, m, v = weight[first:stop], first_moment[first:stop], second_moment[first:stop]
-        for i in range(count):
+        widen(gradient[first:stop], bits)
+        for i in range(len(w)):
             g = wide[i] * scale
             m[i] = beta1 * m[i] + fresh1 * g
             v[i] = beta2 * v[i] + fresh2 * g * g
             w[i] -= lr * m[i] / (np.sqrt(v[i]) * correction + eps) + decay * w[i]
+            wide[i] = w[i]
+        if len(half):
+            narrow(bits, half[first:stop])

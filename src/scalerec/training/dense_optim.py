@@ -84,6 +84,6 @@ class AdamW(_OnePass, torch.optim.AdamW):
     def update(self, parameters, moments, gradients, scale, steps):
         (group,) = self.param_groups
         adamw(
-            parameters, *moments, gradients, lr=group["lr"], betas=group["betas"], eps=group["eps"],
+            parameters, moments[0], moments[1], gradients, lr=group["lr"], betas=group["betas"], eps=group["eps"],
             decay=group["weight_decay"], scale=scale, steps=steps,
         )  # fmt: skip

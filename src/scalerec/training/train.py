@@ -95,6 +95,8 @@ class Training:
         self.model: Model = run.model.build(self.encoder.layout).to(self.device)
         if old is not None:
             log.say(transfer(old, self.model))
+        if self.config.precision == "bf16" and self.device.type == "cpu":  # elsewhere torch's optimisers want float32
+            self.model.begin_bf16()
         self.optimizers = self.config.optimizer.build(self.model)
         self.loader = Loader(
             self.rows, self.encoder, "train", self.config.batch_size, seed=self.config.seed,
