@@ -35,10 +35,11 @@ class Jagged:
 
     def take(self, index: Tensor) -> Jagged:
         """The lists at `index` [m], in that order."""
-        lengths = self.lengths[index]
+        starts = self.offsets[:-1][index]
+        lengths = self.offsets[1:][index] - starts
         offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         total = int(offsets[-1])
-        shift = self.offsets[:-1][index] - offsets[:-1]
+        shift = starts - offsets[:-1]
         position = torch.arange(total, device=index.device) + torch.repeat_interleave(shift, lengths, output_size=total)
         return Jagged(self.values[position], offsets)
 

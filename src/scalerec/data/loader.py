@@ -95,7 +95,7 @@ class Loader:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows.row_groups)).tolist()
         parts: list[Batch] = []
         first = start
-        for piece in self.rows.pieces(self.part, self.columns, order, start):
+        for piece in ahead(self.rows.pieces(self.part, self.columns, order, start), 2):
             if not parts:
                 first = piece.number
             if piece.rows.num_rows:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -90,7 +90,7 @@ class ParquetRows:
 
     def pieces(
         self, part: Part, columns: Sequence[str] | None = None, order: Sequence[int] | None = None, start: int = 0
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         """ParquetRows of a part, row groups in `order`, pieces counted from 0, from `start` on.
 
         Raises:

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from scalerec.batch import Batch, Rows
-from scalerec.features.hashing import mix
+from scalerec.features.compiled import fold_columns, fold_lists
 
 
 def share(batch: Batch) -> Batch:
@@ -27,23 +28,15 @@ def share(batch: Batch) -> Batch:
 
 def _codes(user: Rows) -> np.ndarray:
     """A 64-bit code [U] of everything on each user's side."""
-    code = np.zeros(len(user), np.uint64)
-    with np.errstate(over="ignore"):
-        for j in range(user.ids.shape[1]):
-            code = mix(code + user.ids[:, j].numpy().view(np.uint64))
-        for j in range(user.numbers.shape[1]):
-            code = mix(code + user.numbers[:, j].numpy().view(np.uint32))
-        if user.now is not None:
-            code = mix(code + user.now.numpy().view(np.uint64))
-        for jagged in (*user.lists.values(), *user.times.values(), *user.actions.values()):
-            values = jagged.values.contiguous().numpy()
-            values = (values[:, None] if values.ndim == 1 else values).view(f"u{values.itemsize}")
-            lengths = jagged.lengths.numpy()
-            position = np.arange(len(values)) - np.repeat(jagged.offsets[:-1].numpy(), lengths)
-            mixed = mix(position.astype(np.uint64))
-            for j in range(values.shape[1]):
-                mixed = mix(mixed + values[:, j])
-            sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mixed, dtype=np.uint64)])
-            offsets = jagged.offsets.numpy()
-            code = mix(code + sums[offsets[1:]] - sums[offsets[:-1]] + lengths.view(np.uint64))
-    return code
+    codes = np.zeros(len(user), np.uint64)
+    for columns in (user.ids, user.numbers, *([] if user.now is None else [user.now])):
+        fold_columns(codes, _bits(columns))
+    for jagged in (*user.lists.values(), *user.times.values(), *user.actions.values()):
+        fold_lists(codes, _bits(jagged.values), jagged.offsets.numpy())
+    return codes
+
+
+def _bits(values: Tensor) -> np.ndarray:
+    """[n] or [n, k] of any kind -> its bits [n, k], unsigned."""
+    array = values.contiguous().numpy()
+    return array.view(f"u{array.itemsize}").reshape(len(array), -1 if len(array) else 0)

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 
 from scalerec.batch import FIRST_ID, MISSING, UNKNOWN
 from scalerec.errors import InputError
+from scalerec.features.compiled import hash_table, places
 from scalerec.features.hashing import NO_VALUE, hash_column
 
 _FRACTION = -(2**62) - 1  # stands for every fraction in a column of whole numbers
@@ -50,9 +51,8 @@ class Vocabulary:
         self.values = values
         self.integer = pa.types.is_integer(values.type)
         if self.integer:
-            numbers = values.to_numpy(zero_copy_only=False)
-            self._order = np.argsort(numbers, kind="stable")
-            self._sorted = numbers[self._order]
+            self._numbers = values.to_numpy(zero_copy_only=False)
+            self._slots = hash_table(self._numbers)
         else:
             self._index = {value: i for i, value in enumerate(values.to_pylist())}
 
@@ -66,10 +66,7 @@ class Vocabulary:
         missing = column.is_null().to_numpy(zero_copy_only=False)
         if self.integer:
             numbers = column.fill_null(0).to_numpy(zero_copy_only=False)
-            if not len(self._sorted):
-                return np.where(missing, MISSING, UNKNOWN)
-            place = np.minimum(np.searchsorted(self._sorted, numbers), len(self._sorted) - 1)
-            found = np.where(self._sorted[place] == numbers, self._order[place] + FIRST_ID, UNKNOWN)
+            found = places(self._numbers, self._slots, numbers, UNKNOWN, FIRST_ID)
         else:
             encoded = column.dictionary_encode()
             known = np.fromiter(
