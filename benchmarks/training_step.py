@@ -208,7 +208,7 @@ def measure(precisions: list[str], rows: int, rounds: int, shares_only: bool) ->
                 for count in BATCHES if model in ("small", "base", "100m") else (rows,):
                     note(f"{model}, {count} rows")
                     case = Case(config, count, precision, Path(scratch) / f"{model}-{precision}-{count}")
-                    found |= utilisation(case, f"mfu_{model}_{precision}_{count}", peak, rounds)
+                    found |= utilisation(case, f"mfu_{model}_{precision}_{count}", peak, min(rounds, 3))
     return found
 
 
