@@ -5,8 +5,9 @@
 KuaiRand with all features and histories, batches of 512 training rows.
 
 `data_wait`: share of the time of the first 100 steps of `rankmixer.tiny()` in an epoch that they wait for a batch, all
-but the first, which is `first_batch_s`. A loader that never lets a step wait may still take its cores away:
-`loader_cost` is the time of these steps over that of the same with all batches in memory, less one.
+but the first, which is `first_batch_s`. A loader that never lets a step wait still takes its time from the cores: what
+it needs for a row is one over `loader_rows_s`, what a row's training needs with all batches in memory one over
+`memory_rows_s`.
 
 `scan_share`: rows a second of the loader alone (read, encoded, shuffled, batched) over those of the quickest bare scan
 that pyarrow has for the same columns.
@@ -135,8 +136,10 @@ def reading(rounds: int) -> dict[str, float]:
 
         seconds = in_turn({"steps": steps, "memory": world.in_memory}, rounds)
         found = spread("data_wait", waits[1:]) | {"first_batch_s": world.first}
-        found |= spread("loader_cost", [a / b - 1 for a, b in zip(seconds["steps"], seconds["memory"])])
-        found["train_rows_s"] = STEPS * BATCH / median(seconds["steps"])
+        found |= {
+            f"{name}_rows_s": STEPS * BATCH / median(seconds[call])
+            for name, call in (("train", "steps"), ("memory", "memory"))
+        }
         scans = {"scanner": lambda: world.scan(True), "batches": lambda: world.scan(False)}
         seconds = in_turn({"alone": world.alone, **scans}, rounds)
         best = min(scans, key=lambda name: median(seconds[name]))
@@ -167,7 +170,7 @@ def main() -> None:
         Console(stderr=True).print(f"data_wait and scan_share left out: {error}", highlight=False)
     found |= {"memory_ratio": large / small, "small_mib": small, "large_mib": large, "rows": chosen.rows, "busy": busy}
     table = Table("", "threads", "value", "spread")
-    for name in ("data_wait", "loader_cost", "scan_share"):
+    for name in ("data_wait", "scan_share"):
         for ending, count in threads.items():
             if name in found:
                 low, high = found[f"{name}_low{ending}"], found[f"{name}_high{ending}"]

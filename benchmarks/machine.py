@@ -51,9 +51,19 @@ def describe_machine() -> dict[str, str | int]:
     """The processor, the cores this process may use, torch and its threads: every figure depends on them."""
     import torch  # takes seconds, and benchmarks that are refused need none of it
 
-    from scalerec.inference.threads import cores
+    from scalerec.hardware import cores
 
     return {"cpu": _cpu(), "cores": cores(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+
+
+def has_bf16_units() -> bool:
+    """Whether the processor computes bf16 products itself, by AMX or AVX512-BF16; says so where it does not."""
+    import torch
+
+    found = bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    if not found:
+        print("no bf16 units in this processor: bf16 is left out", file=sys.stderr)
+    return found
 
 
 def _cpu() -> str:

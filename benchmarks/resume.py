@@ -22,6 +22,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from scalerec.hardware import cores
+
 OPTIONS = {
     "data.rows": 20_000, "training.epochs": 2, "training.batch_size": 256, "training.save_every": 7,
     "training.log_every": 1, "training.window_rows": 4_000, "model.dropout": 0.1, "training.tensorboard": "false",
@@ -84,7 +86,7 @@ def killed(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

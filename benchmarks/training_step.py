@@ -5,7 +5,7 @@
 `gemm_share_{fp32,bf16}_{forward,train,step}`: `rankmixer_100m` on 512 rows of the synthetic log: seconds of its matrix
 products alone, each shape by the quickest of the ways that torch has for it, over the seconds of the forward pass, of
 forward and backward pass, and of these with clipping and the optimisers (embedding tables included in all). The
-products are those that torch is seen to run in the step.
+products are those that torch is seen to run in a step whose per-token FFNs are the plain twin.
 
 `mfu_{model}_{fp32,bf16}_{rows}`: FLOPs of forward and backward pass over its seconds, over FLOPs a second of the best
 of a sweep of square and tall products in the same format: RankMixer in its sizes, and RankMixer, DCNv2 and DLRM-MLP of
@@ -27,6 +27,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from rich.console import Console
@@ -34,7 +35,7 @@ from rich.table import Table as Grid
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.machine import describe_machine, options, refuse_if_busy
+from benchmarks.machine import describe_machine, has_bf16_units, options, refuse_if_busy
 from benchmarks.turns import by_threads, endings, in_turn, spread
 from scalerec.batch import Batch
 from scalerec.data.sources.synthetic import Synthetic
@@ -44,6 +45,7 @@ from scalerec.models.base import ModelConfig
 from scalerec.models.dcnv2 import DCNv2Config
 from scalerec.models.dlrm_mlp import DLRMMLPConfig
 from scalerec.models.rankmixer import RankMixerConfig
+from scalerec.ops.per_token_ffn import per_token_ffn_reference
 from scalerec.training.log import Log
 from scalerec.training.run import Run, TrainingConfig
 from scalerec.training.train import Training
@@ -136,7 +138,8 @@ class Case:
         self.training.step(self.batch)
 
     def products(self, call: Callable[[], Any]) -> Counter[Product]:
-        with Watch() as watch:
+        # The plain twin: our own way runs its products on threads that are not watched, and on what is in the cache.
+        with mock.patch.object(rankmixer, "per_token_ffn", per_token_ffn_reference), Watch() as watch:
             call()
         return watch.seen
 
@@ -228,25 +231,19 @@ def show(found: dict[str, Any], machine: dict[str, Any], threads: dict[str, int]
     Console().print(grid)
 
 
-def has_bf16_units() -> bool:
-    """Whether bf16 products are computed by the processor itself; without, they are slower than fp32."""
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-
-
 def main() -> None:
     parser = options("the share of matrix products in a training step, and model FLOPs utilisation")
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--precision", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--shares-only", action="store_true", help="leave model FLOPs utilisation out")
     given = parser.parse_args()
     busy = refuse_if_busy(given.even_if_busy)
     machine = describe_machine()
     threads = endings()
-    precisions = ["fp32"]
-    if has_bf16_units():
-        precisions.append("bf16")
-    else:
-        note("no bf16 units in this processor: bf16 is left out")
+    precisions = given.precision
+    if "bf16" in precisions and not has_bf16_units():
+        precisions = [precision for precision in precisions if precision != "bf16"]
     found = by_threads(lambda: measure(precisions, given.rows, given.rounds, given.shares_only), threads)
     show(found, machine, threads)
     if given.json:

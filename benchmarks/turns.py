@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
@@ -34,10 +35,14 @@ def paired(name: str, theirs: Sequence[float], ours: Sequence[float]) -> dict[st
 
 
 def endings() -> dict[str, int]:
-    """What the keys of figures end in -> threads: as many as torch has now, and one."""
+    """What the keys of figures end in -> threads: as many as torch has now, and one where that is fewer."""
     import torch  # takes seconds, and benchmarks that are refused need none of it
 
-    return {"": torch.get_num_threads(), "_one_thread": 1}
+    count = torch.get_num_threads()
+    if count == 1:
+        print("one thread: there are no figures of several", file=sys.stderr)
+        return {"": 1}
+    return {"": count, "_one_thread": 1}
 
 
 def by_threads(measure: Callable[[], Mapping[str, Any]], threads: Mapping[str, int]) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
+
+from scalerec.hardware import cores
 
 # Milliseconds that a request waits for the event loop and the other way round where the model's threads, which spin at
 # their barriers, take every core (docs/log.md, 2026-11-22).
@@ -44,8 +45,3 @@ def best_threads(milliseconds: dict[int, float], of: int) -> int:
     in_service = {count: time + WITHOUT_A_FREE_CORE * (count >= of > 1) for count, time in milliseconds.items()}
     fastest = min(in_service.values())
     return min(count for count, time in in_service.items() if time <= 1.1 * fastest)
-
-
-def cores() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

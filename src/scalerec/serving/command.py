@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from scalerec.errors import InputError
+from scalerec.hardware import cores, keep_freed_memory
 
 NEEDS = "serving needs more packages: pip install 'scalerec[serve]'"
 
@@ -93,6 +94,7 @@ def serve(options: argparse.Namespace) -> None:
     if options.threads is not None and options.threads < 1:
         raise InputError("--threads: at least 1")
     logs.start()
+    keep_freed_memory()
     service = open_service(settings)
     set_threads(options.threads, service)
     app = create_app(settings, service)
@@ -121,7 +123,7 @@ def set_threads(asked: int | None, service: Any) -> None:
     import torch
 
     from scalerec.inference.engine import Ask
-    from scalerec.inference.threads import best_threads, cores, measure_threads
+    from scalerec.inference.threads import best_threads, measure_threads
     from scalerec.serving import logs
     from scalerec.serving.states import clock
 

@@ -20,7 +20,7 @@ from scalerec.config import override
 from scalerec.data.reader import ParquetRows
 from scalerec.errors import InputError
 from scalerec.evaluate import NEXT, Predictions
-from scalerec.inference.threads import cores
+from scalerec.hardware import cores
 from scalerec.models.sequential import SequentialConfig
 from scalerec.studies import reference, report
 from scalerec.training.run import Run

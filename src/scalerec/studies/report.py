@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 import scalerec
+from scalerec.hardware import cores
 
 TITLES = {"auc": "AUC", "uauc": "UAUC", "ne": "NE"}
 SMALL_TEST = 50_000  # rows; below it a report says that the test set is small
@@ -21,7 +21,7 @@ def machine() -> dict[str, Any]:
     """What the figures depend on besides the code."""
     return {
         "scalerec": scalerec.__version__, "commit": _commit(), "torch": torch.__version__,
-        "python": platform.python_version(), "processor": _processor(), "cores": os.cpu_count(),
+        "python": platform.python_version(), "processor": _processor(), "cores": cores(),
     }  # fmt: skip
 
 

@@ -23,12 +23,12 @@ from scalerec.data.reader import ParquetRows, check_parts, count_parts
 from scalerec.data.split import Part
 from scalerec.errors import InputError
 from scalerec.features.encoder import Encoder
+from scalerec.hardware import keep_freed_memory
 from scalerec.losses import total
 from scalerec.models.base import Model
 from scalerec.schema import Schema
 from scalerec.training.generators import generator_states, restore_generators
 from scalerec.training.log import Log
-from scalerec.training.memory import keep_freed_memory
 from scalerec.training.optim import load_state_tensors, set_rates, state_tensors
 from scalerec.training.run import Run
 from scalerec.training.warm_start import transfer

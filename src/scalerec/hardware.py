@@ -1,10 +1,16 @@
-"""Memory that a step has freed is there for the next one."""
+"""What this process may use of its machine."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of malloc.h
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def keep_freed_memory() -> bool:
