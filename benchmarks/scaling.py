@@ -4,8 +4,8 @@
 
 RankMixer on the synthetic log in fp32: width D, tokens T, layers L, rows of a batch, from a middle of D = 256 (hidden
 width 720), T = 16, L = 2, 512 rows; and the rows of embedding tables (50 of them, 16 wide, 2,048 rows a batch, uniform
-ids), whose step is lookup, gradient and Adagrad. Every point has a process of its own: memory is what its peak lies
-over what it had when torch and scalerec were loaded.
+ids), whose step is lookup, gradient and Adagrad. Every point has a process of its own: memory is its peak less what
+bare Python has, torch and scalerec (some 450 MiB) included.
 
 The figure has logarithmic axes, beside each line what would be proportional to the FLOPs of a row (tables: constant).
 """
@@ -112,6 +112,7 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
     figure, panels = plt.subplots(2, len(SWEEPS), figsize=(3.2 * len(SWEEPS), 5.6), squeeze=False, layout="constrained")
     for column, axis in enumerate(SWEEPS):
@@ -121,10 +122,14 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
         flops = [entry["flops_per_row"] or 1.0 for entry in mine]
         middle = len(mine) // 2
         expected = [times[middle] * value / flops[middle] for value in flops]
+        panels[0][column].loglog(values, expected, "--", color="#888888", label="as its FLOPs")
         for panel, series in ((panels[0][column], times), (panels[1][column], [entry["mib"] for entry in mine])):
             panel.loglog(values, series, "o-", color="#1f5fa8")
-            panel.grid(True, which="major", alpha=0.3)
-        panels[0][column].loglog(values, expected, "--", color="#888888", label="as its FLOPs")
+            panel.set_xticks(values, [f"{value:,}" for value in values], fontsize="x-small")
+            panel.minorticks_off()
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+            panel.grid(True, alpha=0.3)
         panels[0][column].set_title(LABELS[axis])
         panels[1][column].set_xlabel(LABELS[axis])
     panels[0][0].set_ylabel("microseconds a row")

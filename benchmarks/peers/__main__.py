@@ -41,7 +41,7 @@ from scalerec.data.source import cache_root
 
 PEER = Path(__file__).parent / "dcnv2.py"
 LIBRARIES = ("fuxictr", "rechub")
-RECIPES = {"kuairand": "rankmixer_kuairand_statistics", "synthetic": "rankmixer_synthetic"}
+RECIPES = {"kuairand": "rankmixer_kuairand", "synthetic": "rankmixer_synthetic"}
 SIZES = {"dim": 16, "crosses": 3, "hidden": [256, 128], "batch": 1024, "lr": 1e-3}
 
 
