@@ -124,7 +124,7 @@ class World:
 
 
 def reading(rounds: int) -> dict[str, float]:
-    """`data_wait`, `loader_cost`, `scan_share` and what they come from."""
+    """`data_wait`, `scan_share` and what they come from."""
     with tempfile.TemporaryDirectory() as scratch:
         world = World(Path(scratch) / "run")
         waits: list[float] = []
@@ -162,7 +162,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         os.environ.setdefault("SCALEREC_CACHE", scratch)
         small, large = (peak(rows, Path(scratch)) for rows in (chosen.rows, 10 * chosen.rows))
-    threads = endings()
+    machine, threads = describe_machine(), endings()
     found: dict[str, Any] = {}
     try:
         found |= by_threads(lambda: reading(chosen.rounds), threads)
@@ -178,7 +178,7 @@ def main() -> None:
     table.add_row("memory_ratio", str(threads[""]), f"{large / small:.3f}", f"{large:,.0f} over {small:,.0f} MiB")
     Console().print(table)
     if chosen.json:
-        print(json.dumps({**found, **describe_machine()}))
+        print(json.dumps({**found, **machine}))
 
 
 if __name__ == "__main__":

@@ -70,24 +70,30 @@ def prepare(name: str, folder: Path, rows: int) -> None:
     schema = run.schema()
     encoder = Encoder.fit(schema, source.batches("train", schema.input_columns()))
     folder.mkdir(parents=True)
-    sizes: list[int] = []
+    known: list[np.ndarray] = []  # of each column, the ids that training has
     for part in ("train", "validation", "test"):
         ids, labels, users = [], [], []
         for batch in Loader(source, encoder, part, 65_536):
             ids.append(np.concatenate([batch.user.ids[batch.user_of_row].numpy(), batch.items.ids.numpy()], 1))
             labels.append(batch.labels[:, 0].numpy())
             users.append(batch.users.numpy())
-        columns = {f"f{i}": column for i, column in enumerate(np.concatenate(ids).T)}
+        together = np.concatenate(ids).T
+        known = known or [np.unique(column) for column in together]
+        columns: dict[str, Any] = {f"f{i}": dense(column, those) for i, (column, those) in enumerate(zip(together, known))}
         columns |= {"label": np.concatenate(labels).astype(np.int64), "user": np.concatenate(users)}
         pq.write_table(pa.table({**columns, "part": [part] * len(columns["user"])}), folder / f"{part}.parquet")
         np.savez(folder / f"{part}.npz", **{key: value for key, value in columns.items() if key != "user"})
-        largest = [int(columns[f"f{i}"].max()) + 1 for i in range(len(columns) - 2)]
-        sizes = [max(pair) for pair in zip(sizes or largest, largest)]
-    (folder / "sizes.json").write_text(json.dumps({**SIZES, "rows": sizes}))
-    features = tuple(Categorical(name=f"f{i}") for i in range(len(sizes)))
+    (folder / "sizes.json").write_text(json.dumps({**SIZES, "rows": [len(those) + 1 for those in known]}))
+    features = tuple(Categorical(name=f"f{i}") for i in range(len(known)))
     group = Group(name="ids", side="item", features=features)
     ours = Schema(groups=(group,), tasks=(Task(name="label"),), user="user", dim=SIZES["dim"])
     (folder / "schema.json").write_text(ours.model_dump_json(by_alias=True))
+
+
+def dense(column: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Places in `known` from 1 on, 0 for what is not there: no table has rows that training never sees."""
+    place = np.minimum(np.searchsorted(known, column), len(known) - 1)
+    return np.where(known[place] == column, place + 1, 0)
 
 
 def ours(folder: Path, threads: int, out: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import re
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; 0 done, 1 it found what it looks for, 2 the input has to change (a line on standard error)."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # asked to stop, by whoever: as with Ctrl-C
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # asked to stop, by whoever: as with Ctrl-C
     try:
         for package in options.allow:
             config.allow(package)

@@ -61,14 +61,15 @@ def test_resuming_with_other_options_or_threads_is_refused(whole, capsys, monkey
 
 
 @pytest.mark.slow
-def test_a_stopped_comparison_takes_its_trainings_with_it(environment, tmp_path):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_stopped_comparison_takes_its_trainings_with_it(environment, tmp_path, workers):
     """Those left behind would go on writing where the next comparison resumes."""
     changes = [word for path, value in OPTIONS.items() for word in (f"--{path}", str(value))]
     recipes = ["rankmixer_synthetic", "dcnv2_synthetic"]
-    whole = [sys.executable, "-m", "scalerec", "compare", *recipes, "--workers", "2", "--out", str(tmp_path)]
+    whole = [sys.executable, "-m", "scalerec", "compare", *recipes, "--workers", str(workers), "--out", str(tmp_path)]
     long = ["--seeds", "1", *changes, "--training.epochs", "500"]
     with subprocess.Popen([*whole, *long], env=environment, stderr=subprocess.PIPE, text=True) as running:
-        folders = [tmp_path / recipe / "seed-0" for recipe in recipes]
+        folders = [tmp_path / recipe / "seed-0" for recipe in recipes[:workers]]
         while not all((folder / "log.jsonl").exists() and losses(folder) for folder in folders):
             assert running.poll() is None
             time.sleep(0.05)

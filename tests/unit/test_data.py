@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -570,3 +572,17 @@ def test_batches_without_rows_can_be_joined(log):
     batch = next(iter(log.loader()))
     nothing = batch.take(torch.arange(0))
     assert Batch.cat([nothing, batch, nothing]).index.tolist() == batch.index.tolist()
+
+
+def test_python_ends_while_a_window_is_being_made(tmp_path):
+    """Readers within readers: the innermost is stopped first, and nobody waits for what it would have made."""
+    script = (
+        "import time\n"
+        "from scalerec.data.loader import ahead\n"
+        "def slow():\n    while True:\n        time.sleep(0.05)\n        yield 1\n"
+        "def pairs(items):\n    for item in items:\n        yield item, next(items)\n"
+        "batches = ahead(pairs(ahead(pairs(ahead(slow(), 2)), 1)), 4)\n"
+        "print(next(batches))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.startswith("((1, 1)"), done.stderr

@@ -131,3 +131,11 @@ def test_densify():
     densify([weight, plain, unused])
     torch.testing.assert_close(weight.grad, torch.zeros(5, 2).index_add(0, ids, values))
     assert plain.grad is not None and plain.grad.all() and unused.grad is None
+
+
+def test_a_norm_that_is_not_a_number_spoils_all_as_in_torch():
+    mine = parameters()
+    give(mine, 0)
+    mine[0].grad[0] = float("nan")
+    AdamW(mine, 0.01, clip=1.0).step()
+    assert all(parameter.isnan().all() for parameter in mine)

@@ -83,3 +83,22 @@ def test_rows_do_not_depend_on_threads_or_company(monkeypatch):
     torch.testing.assert_close(whole[2:], split[2:], rtol=1e-5, atol=1e-5)
     alone = run(mix_add_norm, [values[1][3:4], *values[2:]], slope[3:4])
     assert torch.equal(alone[0], whole[0][3:4]) and torch.equal(alone[1], whole[1][3:4])
+
+
+def test_shapes_that_do_not_fit_are_torchs_to_refuse():
+    values, _ = tensors(2, 3, 8)
+    with pytest.raises(RuntimeError):
+        mix_add_norm(*values[1:], EPS)  # three tokens do not divide a width of eight
+    with pytest.raises(RuntimeError):
+        add_norm(*values[:2], torch.ones(7), torch.ones(7), EPS)
+    wide = add_norm(values[0][:1], *values[1:], EPS)
+    torch.testing.assert_close(wide, add_norm(values[0][:1].expand_as(values[1]), *values[1:], EPS))
+
+
+def test_second_derivatives_are_refused_not_zero():
+    values, slope = tensors(2, 4, 8)
+    x = values[1].requires_grad_()
+    out = mix_add_norm(x, *values[2:], EPS)
+    (gradient,) = torch.autograd.grad((out * slope).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()

@@ -125,3 +125,29 @@ def test_copies_that_the_optimiser_writes_are_those_of_its_weights(optimiser):
         before = halved.kept(ffn.up)
         step.step()
         assert halved.halved(ffn.up) is before and torch.equal(before, ffn.up.bfloat16())
+
+
+def test_inference_mode_leaves_weights_fit_for_training():
+    values, slope = tensors(4, 2, 8, 8)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with torch.inference_mode():
+            scores = bf16(per_token_ffn)(*values)
+        trained = run(bf16(per_token_ffn), values, slope)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(scores, trained[0])
+
+
+def test_a_step_between_the_two_passes_is_an_error():
+    """As torch has it: the weights that the gradient needs are gone."""
+    from scalerec.training.optim import OptimizerConfig
+
+    values, slope = tensors(4, 2, 8, 8)
+    step = OptimizerConfig().build_dense(values[1:])
+    first, second = (bf16(per_token_ffn)(*values) for _ in range(2))
+    first.backward(slope.bfloat16())
+    step.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        second.backward(slope.bfloat16())

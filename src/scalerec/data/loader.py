@@ -131,11 +131,13 @@ def ahead(items: Generator[T, None, None], depth: int) -> Generator[T, None, Non
             with closing(items):
                 while room.acquire() and not stop.is_set():
                     item = next(items, done)
-                    ready.put((item, None))
                     if item is done:
                         return
+                    ready.put((item, None))
         except BaseException as error:
             ready.put((done, error))
+        finally:
+            ready.put((done, None))  # whoever still waits: when Python ends, the innermost of several ends first
 
     worker = threading.Thread(target=work, daemon=True)
 

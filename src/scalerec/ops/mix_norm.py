@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from scalerec.ops._bf16 import array, compiled, narrow, widen
@@ -26,7 +27,7 @@ ALONE = 200_000  # entries that are not worth a second thread
 
 def mix_add_norm(x_BTD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
     """LN(Mix(x) + x) with as many heads as tokens (RankMixer eq. 1, 3-5), [B, T, D] -> the same, in its format."""
-    if not _compilable(x_BTD, weight_D):
+    if not _compilable(x_BTD, weight_D, bias_D) or x_BTD.shape[2] % max(x_BTD.shape[1], 1):
         return mix_add_norm_reference(x_BTD, weight_D, bias_D, eps)
     return _MixAddNorm.apply(x_BTD.contiguous(), weight_D, bias_D, eps)
 
@@ -38,7 +39,7 @@ def mix_add_norm_reference(x_BTD: Tensor, weight_D: Tensor, bias_D: Tensor, eps:
 
 def add_norm(y_BTD: Tensor, x_BTD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
     """LN(y + x), [B, T, D] both -> the same, in the format of x; float32 in between where that is bf16."""
-    if not _compilable(x_BTD, weight_D) or y_BTD.dtype not in FORMATS:
+    if not _compilable(x_BTD, weight_D, bias_D) or y_BTD.dtype not in FORMATS or y_BTD.shape != x_BTD.shape:
         return add_norm_reference(y_BTD, x_BTD, weight_D, bias_D, eps)
     # Token after token, as products of each token's own leave them: what they get back lies the same way.
     return _AddNorm.apply(y_BTD.transpose(0, 1).contiguous(), x_BTD.contiguous(), weight_D, bias_D, eps)
@@ -49,9 +50,12 @@ def add_norm_reference(y_BTD: Tensor, x_BTD: Tensor, weight_D: Tensor, bias_D: T
     return functional.layer_norm(y_BTD + x_BTD, weight_D.shape, weight_D, bias_D, eps)
 
 
-def _compilable(x: Tensor, weight: Tensor) -> bool:
-    cpu = x.device.type == weight.device.type == "cpu" and x.dtype in FORMATS and weight.dtype == torch.float32
-    return cpu and not torch.compiler.is_compiling()
+def _compilable(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    """Plain tensors on a CPU whose shapes fit; whatever else they are is for torch to take or to refuse."""
+    plain = all(type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" for tensor in (x, weight, bias))
+    formats = x.dtype in FORMATS and weight.dtype == bias.dtype == torch.float32
+    fits = x.dim() == 3 and weight.shape == bias.shape == x.shape[2:]
+    return plain and formats and fits and not torch.compiler.is_compiling()
 
 
 class _MixAddNorm(torch.autograd.Function):
@@ -65,6 +69,7 @@ class _MixAddNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scales = ctx.saved_tensors
         dx = torch.empty_like(x)
@@ -86,6 +91,7 @@ class _AddNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         y, x, weight, scales = ctx.saved_tensors
         dy, dx = torch.empty_like(y), torch.empty_like(x)

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from scalerec.ops._bf16 import array, compiled, narrow, widen
@@ -41,7 +42,7 @@ def per_token_ffn(x_BTD: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down
 
 def _plain(tensor: Tensor) -> bool:
     """Not on another device, nor something in a tensor's place."""
-    return isinstance(tensor, Tensor) and tensor.device.type == "cpu"
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
 
 
 def per_token_ffn_reference(x_BTD: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor) -> Tensor:
@@ -62,10 +63,11 @@ class _PerTokenFFN(torch.autograd.Function):
         y = torch.empty(tokens, rows, dim, dtype=torch.bfloat16)
         values, _ = _tables()
         threads = min(torch.get_num_threads(), tokens)
+        mode = torch.is_inference_mode_enabled()  # which is each thread's own matter
 
         def task(thread: int) -> None:
             h = scratch("ffn h", torch.bfloat16, rows, hidden)
-            with torch.no_grad():
+            with torch.inference_mode(mode), torch.no_grad():
                 for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
                     x[t].copy_(x_BTD[:, t])
                     torch.mm(x[t], w1[t], out=z[t])  # `addmm` fills its output with the bias first
@@ -80,6 +82,7 @@ class _PerTokenFFN(torch.autograd.Function):
         return y.transpose(0, 1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         dy_BTD = gradients[0].bfloat16()
         x, z, w1, w2 = ctx.saved_tensors

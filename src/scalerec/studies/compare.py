@@ -7,8 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from scalerec.hardware import cores
 from scalerec.models.sequential import SequentialConfig
 from scalerec.studies import reference, report
 from scalerec.training.run import Run
-from scalerec.training.train import check_same, train
+from scalerec.training.train import LOCK, alone, check_same, train
 
 METRICS: tuple[metrics.Metric, ...] = ("auc", "uauc", "ne")
 OF_PLACES = ("hr@10", "ndcg@10", "hr@50", "hr@200")  # of retrieval
@@ -58,25 +60,17 @@ def compare(
     console = Console(stderr=True)
     for run in runs:  # once, before any worker
         run.data.prepare(lambda message: console.print(message, highlight=False, markup=False))
-    children: list[subprocess.Popen[str]] = []
-    with ThreadPoolExecutor(workers) as pool:
-        jobs = [
-            pool.submit(_train, run, seed, out / run.name / f"seed-{seed}", workers, console, children)
-            for run in runs
-            for seed in range(seeds)
-        ]
-        if with_reference:
-            names.append("lightgbm")
-            folders = [out / "lightgbm" / f"seed-{seed}" for seed in range(seeds)]
-            jobs += [pool.submit(_reference, first, folder, seed, console) for seed, folder in enumerate(folders)]
-        try:
-            for job in jobs:
-                job.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for child in children:
-                child.terminate()
-            raise
+    children = _Children()
+    jobs = [
+        partial(_train, run, seed, out / run.name / f"seed-{seed}", workers, console, children)
+        for run in runs
+        for seed in range(seeds)
+    ]
+    if with_reference:
+        names.append("lightgbm")
+        folders = [out / "lightgbm" / f"seed-{seed}" for seed in range(seeds)]
+        jobs += [partial(_reference, first, folder, seed, console) for seed, folder in enumerate(folders)]
+    _run_all(jobs, workers, children)
     tasks = [task.name for task in first.data.schema().tasks]
     results = {name: [_read(out / name / f"seed-{seed}") for seed in range(seeds)] for name in names}
     predictions: dict[str, list[Predictions]] = {}
@@ -112,9 +106,51 @@ def _same_positive(runs: list[Run]) -> None:
             )
 
 
-def _train(
-    run: Run, seed: int, folder: Path, workers: int, console: Console, children: list[subprocess.Popen[str]]
-) -> None:
+class _Children:
+    """The trainings in processes of their own, and no more of them once they have been stopped."""
+
+    def __init__(self) -> None:
+        self._running: list[subprocess.Popen[str]] = []
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def run(self, command: list[str], variables: dict[str, str]) -> tuple[int, str]:
+        """Exit status and standard error of a command; InputError when all have been stopped."""
+        with self._lock:
+            if self._stopped:
+                raise InputError("the comparison was stopped")
+            child = subprocess.Popen(
+                command, env={**os.environ, **variables}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            )
+            self._running.append(child)
+        said = child.communicate()[1]
+        return child.returncode, said
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+            for child in self._running:
+                child.terminate()
+
+
+def _run_all(jobs: Sequence[Callable[[], None]], workers: int, children: _Children) -> None:
+    """One after the other, or so many at a time; the first that fails, or a signal, stops the others."""
+    if workers == 1:  # in this thread, which signals interrupt
+        for job in jobs:
+            job()
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        submitted = [pool.submit(job) for job in jobs]
+        try:
+            for job in submitted:
+                job.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            children.stop()
+            raise
+
+
+def _train(run: Run, seed: int, folder: Path, workers: int, console: Console, children: _Children) -> None:
     """Train one run unless it is finished; a cut one is resumed, another run in its place is an error."""
     run = override(run, {"training.seed": str(seed)})
     if (folder / "metrics.json").exists():
@@ -122,7 +158,7 @@ def _train(
         return
     resume = bool(checkpoint.saved(folder))
     if not resume and folder.exists():
-        shutil.rmtree(folder)
+        _clear(folder)
     console.print(f"{'resuming' if resume else 'training'} {run.name}, seed {seed}", highlight=False)
     if workers == 1:
         train(run, folder, resume=resume)
@@ -132,14 +168,19 @@ def _train(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.json").write_text(run.model_dump_json())
     command = [sys.executable, "-m", "scalerec", "train", str(folder / "run.json"), "--out", str(folder), "--quiet"]
-    child = subprocess.Popen(
-        command + ["--resume"] * resume, env={**os.environ, "OMP_NUM_THREADS": threads},
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    children.append(child)
-    said = child.communicate()[1]
-    if child.returncode:
+    status, said = children.run(command + ["--resume"] * resume, {"OMP_NUM_THREADS": threads})
+    if status:
         raise InputError(f"{run.name}, seed {seed}: {(said.strip().splitlines() or ['failed'])[-1]}")
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a training left that never came to a checkpoint; InputError while another is at work there."""
+    with alone(folder):
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
 
 
 def _reference(run: Run, folder: Path, seed: int, console: Console) -> None:

@@ -49,7 +49,8 @@ class _OnePass(torch.optim.Optimizer):
             super().step()
             return
         gradients = {parameter: parameter.grad.contiguous() for parameter in touched}
-        scale = min(1.0, self.clip / (gradient_norm(list(gradients.values())) + LEAST)) if self.clip else 1.0
+        scale = self.clip / (gradient_norm(list(gradients.values())) + LEAST) if self.clip else 1.0
+        scale = 1.0 if scale > 1 else scale  # NaN stays, as in torch
         at: dict[int, list[Tensor]] = {}  # a parameter that had no gradient once is a step behind
         for parameter in touched:
             state = self.state[parameter]

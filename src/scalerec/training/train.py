@@ -34,6 +34,7 @@ from scalerec.training.run import Run
 from scalerec.training.warm_start import transfer
 
 FLOPS_SAMPLE = 4096  # rows
+LOCK = ".lock"  # in the folder of a run: held by who trains into it
 
 
 @dataclass
@@ -273,11 +274,11 @@ def check_same(earlier: checkpoint.Checkpoint, run: Run, out: Path) -> None:
 
 
 @contextmanager
-def _alone(out: Path) -> Iterator[None]:
+def alone(out: Path) -> Iterator[None]:
     """InputError while another process trains into `out`: two would write over each other's checkpoints."""
     out.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(out / ".lock", blocking=False):
+        with FileLock(out / LOCK, blocking=False):
             yield
     except Timeout:
         raise InputError(f"another process trains into {out}: stop it first, or pass another --out") from None
@@ -297,7 +298,7 @@ def train(run: Run, out: Path, *, resume: bool = False, warm_start: Path | None 
     if resume and done.exists():
         check_same(checkpoint.load(out), run, out)
         return json.loads(done.read_text())
-    with _alone(out), Log(out, quiet=quiet, tensorboard=run.training.tensorboard) as log:
+    with alone(out), Log(out, quiet=quiet, tensorboard=run.training.tensorboard) as log:
         training = Training(run, out, resume=resume, warm_start=warm_start, log=log)
         training.fit()
         training.model.load_state_dict(checkpoint.load(out).weights)
