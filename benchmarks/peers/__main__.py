@@ -79,7 +79,7 @@ def prepare(name: str, folder: Path, rows: int) -> None:
             users.append(batch.users.numpy())
         together = np.concatenate(ids).T
         known = known or [np.unique(column) for column in together]
-        columns: dict[str, Any] = {f"f{i}": dense(column, those) for i, (column, those) in enumerate(zip(together, known))}
+        columns: dict[str, Any] = {f"f{i}": dense(*pair) for i, pair in enumerate(zip(together, known))}
         columns |= {"label": np.concatenate(labels).astype(np.int64), "user": np.concatenate(users)}
         pq.write_table(pa.table({**columns, "part": [part] * len(columns["user"])}), folder / f"{part}.parquet")
         np.savez(folder / f"{part}.npz", **{key: value for key, value in columns.items() if key != "user"})
