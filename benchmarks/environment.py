@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -26,6 +27,17 @@ def install(environment: Path, needs: Path) -> None:
     pip = [str(python_of(environment)), "-m", "pip", "install", "--disable-pip-version-check", "-q"]
     if subprocess.run([*pip, "-r", str(needs)], check=False).returncode:
         raise SystemExit(f"pip could not install {needs} into {environment}: see above")
+
+
+def versions(environment: Path, peer: Path, variables: dict[str, str]) -> dict[str, str] | str:
+    """What the peer's script says of its packages; or why it cannot run there."""
+    if not python_of(environment).exists():
+        return f"no environment in {environment}"
+    command = [str(python_of(environment)), str(peer), "--versions"]
+    asked = subprocess.run(command, env=variables, capture_output=True, text=True)
+    if asked.returncode:
+        return f"{peer.stem} cannot be imported in {environment}: {asked.stderr[-500:].strip()}"
+    return json.loads(asked.stdout)
 
 
 def without_scalerec() -> dict[str, str]:

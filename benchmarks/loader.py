@@ -52,10 +52,11 @@ BATCH = 512
 STEPS = 100  # of training in a round
 
 CHILD = """
-import resource, sys
+import sys
+from benchmarks.machine import peak_mib
 from scalerec.cli import main
 code = main(sys.argv[1:])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(peak_mib())
 raise SystemExit(code)
 """
 
@@ -72,7 +73,7 @@ def peak(rows: int, scratch: Path) -> float:
         done = subprocess.run([sys.executable, "-c", CHILD, *arguments], capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(done.stderr)
-    return int(done.stdout.split()[-1]) / (2**20 if sys.platform == "darwin" else 2**10)
+    return float(done.stdout.split()[-1])
 
 
 class World:
@@ -158,7 +159,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     chosen = parser.parse_args()
     busy = refuse_if_busy(chosen.even_if_busy)
-    # First: a child begins with the peak of its parent.
     with tempfile.TemporaryDirectory() as scratch:
         os.environ.setdefault("SCALEREC_CACHE", scratch)
         small, large = (peak(rows, Path(scratch)) for rows in (chosen.rows, 10 * chosen.rows))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -54,6 +55,15 @@ def describe_machine() -> dict[str, str | int]:
     from scalerec.hardware import cores
 
     return {"cpu": _cpu(), "cores": cores(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+
+
+def peak_mib() -> float:
+    """Of this process; what `getrusage` says may still be the peak of its parent."""
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def has_bf16_units() -> bool:

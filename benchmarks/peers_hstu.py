@@ -44,7 +44,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.environment import install, python_of, say, without_scalerec
+from benchmarks.environment import install, python_of, say, versions, without_scalerec
 from benchmarks.machine import describe_machine, options, refuse_if_busy
 from scalerec.data.source import cache_root
 
@@ -59,12 +59,8 @@ NEVER = 10**9  # steps
 
 def missing(environment: Path) -> str:
     """Why there is no peer to compare with; empty when there is one."""
-    if not python_of(environment).exists():
-        return f"no environment in {environment}"
-    asked = subprocess.run(
-        [str(python_of(environment)), str(PEER), "--versions"], env=without_scalerec(), capture_output=True, text=True
-    )
-    return f"RecTools cannot be imported in {environment}: {asked.stderr[-500:].strip()}" if asked.returncode else ""
+    found = versions(environment, PEER, without_scalerec())
+    return found if isinstance(found, str) else ""
 
 
 # -- the same data for both

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import socket
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -36,7 +35,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.environment import install, python_of, say, without_scalerec
+from benchmarks.environment import install, python_of, say, versions, without_scalerec
 from benchmarks.machine import describe_machine, options, refuse_if_busy
 from benchmarks.serving_world import NOW, Caller, Process, World, make, ranking_schema, requests_a_second, serving
 from scalerec.data.source import cache_root
@@ -56,16 +55,6 @@ WARM_UP = 1.0  # seconds of each probe that are not counted
 
 
 # -- the peer
-
-
-def versions(environment: Path) -> dict[str, str] | str:
-    """Of the peer's packages; or why there is no peer to compare with."""
-    if not python_of(environment).exists():
-        return f"no environment in {environment}"
-    asked = subprocess.run(
-        [str(python_of(environment)), str(PEER), "--versions"], env=peer_variables(1), capture_output=True, text=True
-    )
-    return json.loads(asked.stdout) if not asked.returncode else f"LitServe cannot be imported: {asked.stderr[-500:]}"
 
 
 def peer_variables(threads: int) -> dict[str, str]:
@@ -229,9 +218,9 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     given = arguments()
     environment = given.environment.absolute()
-    if given.install and isinstance(versions(environment), str):
+    if given.install and isinstance(versions(environment, PEER, peer_variables(1)), str):
         install(environment, NEEDS)
-    known = versions(environment)
+    known = versions(environment, PEER, peer_variables(1))
     if isinstance(known, str):
         say(f"skipped, nothing compared with LitServe: {known}")
         say(f"`python -m benchmarks.peers_serving --install --environment {environment}` makes it")

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as Grid
 
-from benchmarks.machine import describe_machine, options, refuse_if_busy
+from benchmarks.machine import describe_machine, options, peak_mib, refuse_if_busy
 
 MIDDLE = {"dim": 256, "tokens": 16, "layers": 2, "rows": 512}
 SWEEPS = {
@@ -41,15 +40,6 @@ LABELS = {
     "table_rows": "rows of a table",
 }  # fmt: skip
 TABLES, WIDTH, LOOKED_UP = 50, 16, 2048
-
-
-def peak_mib() -> float:
-    """Of this process; what `getrusage` says may still be the peak of its parent."""
-    status = Path("/proc/self/status")
-    for line in status.read_text().splitlines() if status.exists() else ():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def point(size: dict[str, int], rounds: int) -> dict[str, float]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import Any
 
@@ -125,23 +125,19 @@ def per_token(dtype: torch.dtype, name: str, rows: int, rounds: int) -> dict[str
     return paired(name, seconds[better], seconds["ours"]) | {f"{name}_error": max(errors)}
 
 
-def measure(dim: int, tokens: int, rows: int, rounds: int) -> dict[str, float]:
+def measure(dim: int, tokens: int, rows: int, rounds: int, formats: dict[str, torch.dtype]) -> dict[str, float]:
     found = mixing(dim, tokens, rounds)
-    for name, dtype in formats().items():
+    for name, dtype in formats.items():
         found |= per_token(dtype, f"ffn_speedup_{name}", rows, rounds)
     return found
 
 
-def formats() -> dict[str, torch.dtype]:
-    return {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if has_bf16_units() else {})
-
-
-def show(found: dict[str, Any], machine: dict[str, Any], threads: dict[str, int]) -> None:
+def show(found: dict[str, Any], machine: dict[str, Any], threads: dict[str, int], formats: Iterable[str]) -> None:
     grid = Grid("", "threads", "other, ms", "ours, ms", "ratio", "spread",
                 caption=", ".join(f"{name} {value}" for name, value in machine.items()))  # fmt: skip
     rows = {f"mixing_speedup_{n}": f"attention over mixing, {n} tokens" for n in COUNTS}
     rows |= {f"layer_speedup_{n}": f"the same, whole layer, {n} tokens" for n in COUNTS}
-    rows |= {f"ffn_speedup_{name}": f"loop or bmm over the per-token FFN, {name}" for name in formats()}
+    rows |= {f"ffn_speedup_{name}": f"loop or bmm over the per-token FFN, {name}" for name in formats}
     for name, label in rows.items():
         for ending, count in threads.items():
             theirs, ours, ratio, low, high = (
@@ -161,8 +157,9 @@ def main() -> None:
     busy = refuse_if_busy(given.even_if_busy)
     machine = describe_machine()
     threads = endings()
-    found = by_threads(lambda: measure(given.dim, given.tokens, given.rows, given.rounds), threads)
-    show(found, machine, threads)
+    formats = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if has_bf16_units() else {})
+    found = by_threads(lambda: measure(given.dim, given.tokens, given.rows, given.rounds, formats), threads)
+    show(found, machine, threads, formats)
     if given.json:
         print(json.dumps(found | machine | {"rounds": given.rounds, "busy": busy}))
     error = max(value for key, value in found.items() if key.startswith("ffn_speedup_fp32_error"))

@@ -51,7 +51,6 @@ from scalerec.training.run import Run, TrainingConfig
 from scalerec.training.train import Training
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PARTS = ("forward", "train", "step")
 SIZES: dict[str, ModelConfig] = {
     "small": rankmixer.small(), "base": rankmixer.base(), "100m": rankmixer.rankmixer_100m(),
     "rankmixer_16m": RankMixerConfig(dim=384, num_tokens=16, ffn_dim=640),

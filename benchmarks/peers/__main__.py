@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table as Grid
 
-from benchmarks.environment import install, python_of, say, without_scalerec
+from benchmarks.environment import install, python_of, say, versions, without_scalerec
 from benchmarks.machine import describe_machine, options, refuse_if_busy
 from benchmarks.turns import spread
 from scalerec.data.source import cache_root
@@ -43,15 +43,6 @@ PEER = Path(__file__).parent / "dcnv2.py"
 LIBRARIES = ("fuxictr", "rechub")
 RECIPES = {"kuairand": "rankmixer_kuairand", "synthetic": "rankmixer_synthetic"}
 SIZES = {"dim": 16, "crosses": 3, "hidden": [256, 128], "batch": 1024, "lr": 1e-3}
-
-
-def missing(environment: Path) -> str:
-    """Why there are no peers; empty when there are."""
-    if not python_of(environment).exists():
-        return f"no environment in {environment}"
-    command = [str(python_of(environment)), str(PEER), "--versions"]
-    done = subprocess.run(command, env=without_scalerec(), capture_output=True, text=True)
-    return done.stderr[-500:].strip() if done.returncode else ""
 
 
 def prepare(name: str, folder: Path, rows: int) -> None:
@@ -211,11 +202,12 @@ def main() -> None:
         ours(given.ours, given.threads, given.out)
         return
     environment = given.environment.absolute()
-    if given.install and missing(environment):
+    found_there = versions(environment, PEER, without_scalerec())
+    if given.install and isinstance(found_there, str):
         install(environment, PEER.with_suffix(".txt"))
-    reason = missing(environment)
-    if reason:
-        print(f"skipped, nothing compared: {reason}; `--install` makes the environment", file=sys.stderr)
+        found_there = versions(environment, PEER, without_scalerec())
+    if isinstance(found_there, str):
+        print(f"skipped, nothing compared: {found_there}; `--install` makes the environment", file=sys.stderr)
         return
     machine = describe_machine()
     threads = given.threads or int(machine["cores"])
@@ -231,9 +223,8 @@ def main() -> None:
     found["peer_speedup"] = min(found[f"peer_speedup_{name}"] for name in given.sets)
     show(found, machine, given.sets)
     if given.json:
-        asked = [str(python_of(environment)), str(PEER), "--versions"]
-        versions = json.loads(subprocess.run(asked, env=without_scalerec(), capture_output=True, text=True).stdout)
-        print(json.dumps(found | {f"peer_{k}": v for k, v in versions.items()} | machine | {"rounds": given.rounds}))
+        peers = {f"peer_{name}": version for name, version in found_there.items()}
+        print(json.dumps(found | peers | machine | {"rounds": given.rounds}))
 
 
 if __name__ == "__main__":

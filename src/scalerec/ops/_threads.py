@@ -32,6 +32,16 @@ def scratch(name: str, dtype: torch.dtype, *shape: int) -> Tensor:
     return kept[:size].view(shape)
 
 
+def worth(amount: int, alone: int) -> int:
+    """How many of torch's threads such an amount of work occupies, `alone` being too little for a second one."""
+    return max(1, min(torch.get_num_threads(), amount // alone))
+
+
+def piece(size: int, number: int, count: int) -> tuple[int, int]:
+    """Beginning and end of piece `number` of `count` nearly equal ones."""
+    return size * number // count, size * (number + 1) // count
+
+
 def in_threads(task: Callable[[int], None], count: int) -> None:
     """Call task(0) to task(count - 1) at once, each on a thread whose operations stay on it."""
     if count == 1:

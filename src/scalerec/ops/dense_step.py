@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from scalerec.ops._bf16 import array, compiled, narrow, widen
-from scalerec.ops._threads import in_threads
+from scalerec.ops._threads import in_threads, piece, worth
 from scalerec.ops.halved import kept, renewed
 
 CHUNK = 2048  # entries in the first cache
@@ -29,7 +29,7 @@ def gradient_norm(gradients: Sequence[Tensor]) -> float:
     sums = [0.0] * threads
 
     def task(thread: int) -> None:
-        sums[thread] = sum(_squares(one, *_piece(len(one), thread, threads)) for one in arrays)
+        sums[thread] = sum(_squares(one, *piece(len(one), thread, threads)) for one in arrays)
 
     in_threads(task, threads)
     return float(np.sqrt(sum(sums)))
@@ -71,7 +71,7 @@ def _over(tensors: Sequence[Sequence[Tensor]], kernel: Callable[[Sequence[np.nda
 
     def task(thread: int) -> None:
         for arrays in of_parameter:
-            kernel(arrays, *_piece(len(arrays[0]), thread, threads))
+            kernel(arrays, *piece(len(arrays[0]), thread, threads))
 
     in_threads(task, threads)
     for weight in weights:
@@ -80,11 +80,7 @@ def _over(tensors: Sequence[Sequence[Tensor]], kernel: Callable[[Sequence[np.nda
 
 
 def _threads(arrays: Sequence[np.ndarray]) -> int:
-    return max(1, min(torch.get_num_threads(), sum(map(len, arrays)) // ALONE))
-
-
-def _piece(size: int, thread: int, threads: int) -> tuple[int, int]:
-    return size * thread // threads, size * (thread + 1) // threads
+    return worth(sum(map(len, arrays)), ALONE)
 
 
 @compiled

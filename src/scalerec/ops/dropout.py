@@ -15,7 +15,7 @@ from numba import njit
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from scalerec.ops._threads import in_threads
+from scalerec.ops._threads import in_threads, piece, worth
 
 PIECE = 1 << 16  # elements that are worth a thread
 STEP, FIRST, SECOND = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
@@ -43,8 +43,8 @@ def dropped(x: Tensor, p: float, seed: int) -> Tensor:
     x = x.detach().contiguous()
     out = torch.empty_like(x)
     given = x.view(-1).numpy(), out.view(-1).numpy(), np.uint64(seed), _threshold(p), np.float32(1 / (1 - p))
-    count = max(1, min(torch.get_num_threads(), x.numel() // PIECE))
-    in_threads(lambda n: _part(*given, x.numel() * n // count, x.numel() * (n + 1) // count), count)
+    count = worth(x.numel(), PIECE)
+    in_threads(lambda n: _part(*given, *piece(x.numel(), n, count)), count)
     return out
 
 

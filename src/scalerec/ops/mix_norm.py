@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from scalerec.ops._bf16 import array, compiled, narrow, widen
-from scalerec.ops._threads import in_threads
+from scalerec.ops._threads import in_threads, piece, worth
 from scalerec.ops.token_mixing import token_mixing
 
 FORMATS = (torch.float32, torch.bfloat16)
@@ -103,9 +103,9 @@ class _AddNorm(torch.autograd.Function):
 def _over_rows(x: Tensor, kernel: Callable[[np.ndarray, int, int], None]) -> np.ndarray:
     """The kernel on all rows, each thread on some; the sum of what they put into [2, D]."""
     rows = len(x)
-    threads = max(1, min(torch.get_num_threads(), x.numel() // ALONE, rows))
+    threads = min(worth(x.numel(), ALONE), max(rows, 1))
     sums = np.zeros((threads, 2, x.shape[2]), np.float32)
-    in_threads(lambda t: kernel(sums[t], rows * t // threads, rows * (t + 1) // threads), threads)
+    in_threads(lambda t: kernel(sums[t], *piece(rows, t, threads)), threads)
     return sums.sum(0)
 
 

@@ -15,7 +15,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from scalerec.ops._threads import in_threads
+from scalerec.ops._threads import in_threads, piece
 
 KEPT = 2**26  # floats of the candidates' gradients, of which each thread has one
 
@@ -42,7 +42,7 @@ def pair_softmax(
     sums = np.zeros(count)
 
     def part(number: int) -> None:
-        first, end = len(queries) * number // count, len(queries) * (number + 1) // count
+        first, end = piece(len(queries), number, count)
         sums[number] = _part(*given, first, end, scale, collision, of_queries, of_candidates[number])
 
     in_threads(part, count)

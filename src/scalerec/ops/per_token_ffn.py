@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from scalerec.ops._bf16 import array, compiled, narrow, widen
-from scalerec.ops._threads import in_threads, scratch
+from scalerec.ops._threads import in_threads, piece, scratch
 from scalerec.ops.halved import halved
 from scalerec.ops.per_token import per_token_linear
 
@@ -68,7 +68,7 @@ class _PerTokenFFN(torch.autograd.Function):
         def task(thread: int) -> None:
             h = scratch("ffn h", torch.bfloat16, rows, hidden)
             with torch.inference_mode(mode), torch.no_grad():
-                for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
+                for t in range(*piece(tokens, thread, threads)):
                     x[t].copy_(x_BTD[:, t])
                     torch.mm(x[t], w1[t], out=z[t])  # `addmm` fills its output with the bias first
                     _bias_gelu(array(z[t]), b1[t], values, array(h))
@@ -99,7 +99,7 @@ class _PerTokenFFN(torch.autograd.Function):
             h_t = scratch("ffn h_t", torch.bfloat16, hidden, rows)
             x_t = scratch("ffn x_t", torch.bfloat16, dim, rows)
             with torch.no_grad():
-                for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
+                for t in range(*piece(tokens, thread, threads)):
                     dy = dy_BTD[:, t].contiguous()
                     torch.mm(dy, w2[t].t(), out=dh)
                     _through_gelu(array(z[t]), array(dh), slopes, db1[t].numpy())

@@ -10,11 +10,10 @@ n looked-up rows, with repeats   V rows of the table   d width
 from __future__ import annotations
 
 import numpy as np
-import torch
 from numba import njit
 from torch import Tensor
 
-from scalerec.ops._threads import in_threads
+from scalerec.ops._threads import in_threads, worth
 
 ALONE = 2_000  # rows that are not worth a second thread
 
@@ -29,7 +28,7 @@ def row_adagrad(weight: Tensor, total: Tensor, rows: Tensor, values: Tensor, lr:
 
     Raises IndexError where the table has no such row.
     """
-    count = max(1, min(torch.get_num_threads(), len(rows) // ALONE))
+    count = worth(len(rows), ALONE)
     table, sums = weight.detach().numpy(), total.numpy()
     ids, gradients = rows.contiguous().numpy(), values.contiguous().numpy()
     rate, least = np.float32(lr), np.float32(eps)
