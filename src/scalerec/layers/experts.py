@@ -241,13 +241,14 @@ class ExpertFFN(nn.Module):
         if step is not None:
             gates = self._trained(x_TBD, gates, step)
         parts = (x_TBD, gates, *(weight.expand(self.tokens, *weight.shape[1:]) for weight in self._weights()))
-        # Skipping has no gradients; an exported graph never needs them, whatever is switched on while it is made.
+        # In graphs skipping has no gradients; exported ones never need them, whatever is switched on meanwhile.
         wanted = torch.is_grad_enabled() and not torch.compiler.is_exporting()
-        if step is not None or wanted or self.break_even == 0:
+        if self.break_even == 0 or (torch.compiler.is_compiling() and wanted):
             out = masked_experts(*parts)
+        elif torch.compiler.is_compiling():
+            out = sparse_experts_in_graphs(*parts, self.break_even)  # type: ignore[call-arg]
         else:
-            skipping = sparse_experts_in_graphs if torch.compiler.is_compiling() else sparse_experts
-            out = skipping(*parts, self.break_even)  # type: ignore[call-arg]
+            out = sparse_experts(*parts, break_even=self.break_even)
         return out.transpose(0, 1)
 
     def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -8,17 +8,24 @@ of a token are a dense network of width E F.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
 import numpy as np
 import torch
 from numba import njit
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from scalerec.ops._threads import in_threads, scratch
+from scalerec.ops._threads import in_threads, piece, scratch
 from scalerec.ops.per_token import per_token_linear
 
 BREAK_EVEN = 1.0  # share of open gates of a token above which it is computed whole; none was measured to be quicker
 SMALLEST = 20_000  # D F (B / 20 + 1) below which an expert takes less time than finding out who wants it: about 20 us
+
+# Open gates by token and expert, [T, E]; their rows and gates [T, B E], those of an expert together.
+_Plan: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def masked_experts(
@@ -44,56 +51,135 @@ def masked_experts_reference(
     return out
 
 
-@torch.no_grad()
 def sparse_experts(
     x_TBD: Tensor, gates_TBE: Tensor, up_TEDF: Tensor, up_bias_TEF: Tensor, down_TEFD: Tensor, down_bias_TED: Tensor,
-    break_even: float = BREAK_EVEN,
+    *, break_even: float = BREAK_EVEN,
 ) -> Tensor:  # fmt: skip
-    """The same without gradients: for each expert its open rows gathered, two products, added back by their gates.
+    """The same: for each expert its open rows gathered, two products, added back by their gates.
 
-    Tokens with more than `break_even` of their gates open are computed whole; so are all where experts are very small.
-    Above 1 `break_even` rules out both.
+    Closed gates have no gradient, as what closes them (ReLU, the K largest) gives them none. Without gradients tokens
+    with more than `break_even` of their gates open are computed whole; so are all where experts are very small. Above
+    1 `break_even` rules out both.
     """
     x_TBD, gates_TBE = x_TBD.to(up_TEDF.dtype), gates_TBE.to(up_TEDF.dtype)
     parts = x_TBD, gates_TBE, up_TEDF, up_bias_TEF, down_TEFD, down_bias_TED
     if x_TBD.device.type != "cpu" or x_TBD.dtype not in (torch.float32, torch.float64):
         return masked_experts(*parts)  # on an accelerator many small products would wait for each other
-    tokens, rows, dim = x_TBD.shape
-    if break_even <= 1 and dim * up_TEDF.shape[3] * (rows / 20 + 1) < SMALLEST:
+    if break_even <= 1 and x_TBD.shape[2] * up_TEDF.shape[3] * (x_TBD.shape[1] / 20 + 1) < SMALLEST:
         return masked_experts(*parts)
-    out_TBD = x_TBD.new_empty(rows, tokens, dim).transpose(0, 1)  # as the rest of a model holds its rows
-    if not rows:
-        return out_TBD
-    x, gates, out = (part.numpy() for part in (x_TBD, gates_TBE.contiguous(), out_TBD))
-    counts, order, weights = _plan(gates)
+    if not (torch.is_grad_enabled() and any(part.requires_grad for part in parts)):
+        return _skipping(*parts, break_even)[0]
+    if torch.is_autocast_enabled("cpu") or any(type(part) not in (Tensor, nn.Parameter) for part in parts):
+        return masked_experts(*parts)
+    return _SparseExperts.apply(*parts)
+
+
+@torch.no_grad()
+def _skipping(
+    x_TBD: Tensor, gates_TBE: Tensor, up_TEDF: Tensor, up_bias_TEF: Tensor, down_TEFD: Tensor, down_bias_TED: Tensor,
+    break_even: float = 2.0, keep: bool = False,
+) -> tuple[Tensor, _Plan, list[Tensor]]:  # fmt: skip
+    """What comes out, [T, B, D]; the open gates; for each token, if kept, its experts' z [open, F] before GELU."""
+    parts = x_TBD, gates_TBE, up_TEDF, up_bias_TEF, down_TEFD, down_bias_TED
+    (tokens, rows, dim), width = x_TBD.shape, up_TEDF.shape[3]
+    out_TBD = x_TBD.new_empty(tokens, rows, dim)
+    x, gates, out = (part.detach().numpy() for part in (x_TBD, gates_TBE.contiguous(), out_TBD))
+    plan = counts, order, weights = _plan(gates)
+    opened = counts.sum(1).tolist()
+    kept = [x_TBD.new_empty(number, width) for number in opened] if keep else []
     most = break_even * gates.shape[2] * rows
 
     def token(t: int) -> None:
-        total = int(counts[t].sum())
-        if total > most:
+        if opened[t] > most:
             whole = masked_experts(*(part[t : t + 1] for part in parts))
             out[t] = whole[0].detach().numpy()  # by NumPy: this thread is not in the caller's inference mode
             return
-        taken, given = (scratch(name, x_TBD.dtype, total, dim) for name in ("experts in", "experts out"))
+        taken, given = (scratch(name, x_TBD.dtype, opened[t], dim) for name in ("experts in", "experts out"))
         _gather(x[t], order[t], taken.numpy())
         sizes = counts[t].tolist()
-        hidden = scratch("experts hidden", x_TBD.dtype, max(sizes), up_TEDF.shape[3])
-        pieces = zip(sizes, taken.split(sizes), given.split(sizes), up_TEDF[t], up_bias_TEF[t], down_TEFD[t])
-        for size, mine, found, up, bias, down in pieces:
+        hidden = scratch("experts hidden", x_TBD.dtype, max(sizes), width)
+        before = kept[t].split(sizes) if keep else [hidden[:size] for size in sizes]
+        pieces = zip(sizes, taken.split(sizes), before, given.split(sizes), up_TEDF[t], up_bias_TEF[t], down_TEFD[t])
+        for size, mine, z, found, up, bias, down in pieces:
             if size:
-                inner = torch.addmm(bias, mine, up, out=hidden[:size])
-                torch.mm(torch.ops.aten.gelu_(inner), down, out=found)
-        _scatter(given.numpy(), order[t], weights[t], counts[t], down_bias_TED[t].numpy(), out[t])
+                torch.addmm(bias, mine, up, out=z)
+                torch.mm(torch.ops.aten.gelu.out(z, out=hidden[:size]), down, out=found)
+        _scatter(given.numpy(), order[t], weights[t], counts[t], down_bias_TED[t].detach().numpy(), out[t])
 
+    _by_token(token, tokens)
+    return out_TBD, plan, kept
+
+
+def _by_token(task: Callable[[int], None], tokens: int) -> None:
+    """task(0) to task(tokens - 1), shared out among torch's threads."""
     workers = min(torch.get_num_threads(), tokens)
 
-    def part(first: int) -> None:
+    def part(thread: int) -> None:
         with torch.no_grad():  # whether gradients are taken is each thread's own matter
-            for t in range(first, tokens, workers):
-                token(t)
+            for t in range(*piece(tokens, thread, workers)):
+                task(t)
 
     in_threads(part, workers)
-    return out_TBD
+
+
+class _SparseExperts(torch.autograd.Function):
+    """Every expert learns from the rows that it was open for; z is kept for those alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TBD: Tensor, gates_TBE: Tensor, up_TEDF: Tensor, up_bias_TEF: Tensor, down_TEFD: Tensor,
+        down_bias_TED: Tensor,
+    ) -> Tensor:  # fmt: skip
+        out_TBD, ctx.plan, kept = _skipping(x_TBD, gates_TBE, up_TEDF, up_bias_TEF, down_TEFD, down_bias_TED, keep=True)
+        ctx.save_for_backward(x_TBD, gates_TBE, up_TEDF, up_bias_TEF, down_TEFD, down_bias_TED, *kept)
+        return out_TBD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        x_TBD, _, up_TEDF, _, down_TEFD, down_bias_TED, *kept = ctx.saved_tensors
+        counts, order, weights = ctx.plan
+        (tokens, _, dim), width = x_TBD.shape, up_TEDF.shape[3]
+        found = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in ctx.saved_tensors[:6]]
+        dx_TBD, dgates_TBE, dup_TEDF, dup_bias_TEF, ddown_TEFD, ddown_bias_TED = found
+        x, dout, down_bias = (part.detach().numpy() for part in (x_TBD, gradients[0], down_bias_TED))
+        dx, dgates, dup_bias, ddown_bias = (part.numpy() for part in (dx_TBD, dgates_TBE, dup_bias_TEF, ddown_bias_TED))
+
+        def token(t: int) -> None:
+            z, sizes = kept[t], counts[t].tolist()
+            taken, given, back = (
+                scratch(f"experts {name}", z.dtype, len(z), dim) for name in ("in", "out", "gradient")
+            )
+            h, dh = (scratch(f"experts {name}", z.dtype, len(z), width) for name in ("h", "dh"))
+            _gather(x[t], order[t], taken.numpy())
+            _gather(dout[t], order[t], given.numpy())
+            for mine, to, down in zip(given.split(sizes), dh.split(sizes), down_TEFD[t]):
+                torch.mm(mine, down.t(), out=to)
+            torch.ops.aten.gelu.out(z, out=h)
+            _through_gates(
+                given.numpy(),
+                h.numpy(),
+                dh.numpy(),
+                order[t],
+                weights[t],
+                counts[t],
+                down_bias[t],
+                dgates[t],
+                ddown_bias[t],
+            )
+            torch.ops.aten.gelu_backward.grad_input(dh, z, grad_input=dh)
+            _sum_by_expert(dh.numpy(), counts[t], dup_bias[t])
+            for j, (mine, dy, inner, dz, to) in enumerate(
+                zip(*(part.split(sizes) for part in (taken, given, h, dh, back)))
+            ):
+                torch.mm(inner.t(), dy, out=ddown_TEFD[t, j])
+                torch.mm(mine.t(), dz, out=dup_TEDF[t, j])
+                torch.mm(dz, up_TEDF[t, j].t(), out=to)
+            dx[t] = 0
+            _add_rows(back.numpy(), order[t], dx[t])
+
+        _by_token(token, tokens)
+        return tuple(found)
 
 
 @torch.library.custom_op("scalerec::sparse_experts", mutates_args=())
@@ -102,14 +188,15 @@ def sparse_experts_in_graphs(
     break_even: float,
 ) -> Tensor:  # fmt: skip
     """`sparse_experts` as one node of an exported or compiled graph, which cannot follow loops over open gates."""
-    out_TBD = sparse_experts(x_TBD, gates_TBE, up_TEDF, up_bias_TEF, down_TEFD, down_bias_TED, break_even)
+    parts = x_TBD, gates_TBE, up_TEDF, up_bias_TEF, down_TEFD, down_bias_TED
+    out_TBD = sparse_experts(*parts, break_even=break_even)
     # Compiled code takes the strides below for granted, which those of the masked form are not.
-    return out_TBD.transpose(0, 1).contiguous().transpose(0, 1)
+    return out_TBD.contiguous()
 
 
 @sparse_experts_in_graphs.register_fake
 def _(x_TBD: Tensor, *_: object) -> Tensor:
-    return x_TBD.new_empty(x_TBD.shape[1], x_TBD.shape[0], x_TBD.shape[2]).transpose(0, 1)
+    return x_TBD.new_empty(x_TBD.shape)
 
 
 def sparse_experts_reference(
@@ -167,3 +254,46 @@ def _scatter(given, order, weights, counts, bias_ED, out_BD):  # pragma: no cove
             for d in range(out_BD.shape[1]):
                 out_BD[row, d] += weight * (given[p, d] + bias_ED[j, d])
             p += 1
+
+
+@njit(nogil=True, cache=True, fastmath={"contract", "reassoc"})
+def _through_gates(given, h, dh, order, weights, counts, bias_ED, dgates_BE, dbias_ED):  # pragma: no cover - compiled
+    """From the gradients `given` of a row's sum and `dh` of h before the gates: those of gates and of output biases.
+
+    Both h and dh are multiplied by their gates in place.
+    """
+    dgates_BE[:] = 0
+    dbias_ED[:] = 0
+    p = 0
+    for j in range(len(counts)):
+        for _ in range(counts[j]):
+            weight = weights[p]
+            total = weight - weight
+            for d in range(given.shape[1]):
+                total += given[p, d] * bias_ED[j, d]
+                dbias_ED[j, d] += weight * given[p, d]
+            for f in range(h.shape[1]):
+                total += h[p, f] * dh[p, f]
+                h[p, f] *= weight
+                dh[p, f] *= weight
+            dgates_BE[order[p], j] = total
+            p += 1
+
+
+@njit(nogil=True, cache=True)
+def _sum_by_expert(dz, counts, out_EF):  # pragma: no cover - compiled
+    out_EF[:] = 0
+    p = 0
+    for j in range(len(counts)):
+        for _ in range(counts[j]):
+            for f in range(dz.shape[1]):
+                out_EF[j, f] += dz[p, f]
+            p += 1
+
+
+@njit(nogil=True, cache=True)
+def _add_rows(given, order, out_BD):  # pragma: no cover - compiled
+    for p in range(len(given)):
+        row = order[p]
+        for d in range(out_BD.shape[1]):
+            out_BD[row, d] += given[p, d]
