@@ -86,6 +86,23 @@ def test_gradients_through_open_gates_are_those_of_the_definition(shape, shift, 
         torch.testing.assert_close(part, expected)
 
 
+@pytest.mark.parametrize("width", [24, 23])  # grouped in one call, and not
+def test_gradients_in_float32_are_those_in_float64(width):
+    torch.manual_seed(0)
+    made = parts(3, 50, 16, 4, width)
+    made[1][0], made[1][1, :, 1:] = 0, 0  # no expert, one alone
+    found = []
+    for dtype, experts in (
+        (torch.float64, masked_experts_reference),
+        (torch.float32, partial(sparse_experts, break_even=2.0)),
+    ):
+        own = [part.to(dtype).requires_grad_() for part in made]
+        out = experts(own[0], own[1].relu(), *own[2:])
+        found.append([out, *torch.autograd.grad(out.sin().sum(), own)])
+    for expected, part in zip(*found):
+        torch.testing.assert_close(part.double(), expected.double(), atol=1e-3, rtol=1e-4)
+
+
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(
     "options",

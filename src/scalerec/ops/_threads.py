@@ -57,7 +57,9 @@ def _pool(count: int) -> ThreadPoolExecutor:
             ready = threading.Barrier(count + 1)
 
             def begin() -> None:
-                torch.set_num_threads(1)  # of this thread; but later threads take over the last number set by any
+                # Asked for its number a thread takes over the one last set by any, once: it must not do so later.
+                torch.get_num_threads()
+                torch.set_num_threads(1)  # of this thread, and of those yet to come
                 ready.wait()
 
             pool, threads = ThreadPoolExecutor(count, "scalerec", begin), torch.get_num_threads()

@@ -8,7 +8,7 @@ of a token are a dense network of width E F.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -55,7 +55,7 @@ def sparse_experts(
     x_TBD: Tensor, gates_TBE: Tensor, up_TEDF: Tensor, up_bias_TEF: Tensor, down_TEFD: Tensor, down_bias_TED: Tensor,
     *, break_even: float = BREAK_EVEN,
 ) -> Tensor:  # fmt: skip
-    """The same: for each expert its open rows gathered, two products, added back by their gates.
+    """The same: the open rows of each expert gathered, two products, added back by their gates.
 
     Closed gates have no gradient, as what closes them (ReLU, the K largest) gives them none. Without gradients tokens
     with more than `break_even` of their gates open are computed whole; so are all where experts are very small. Above
@@ -81,12 +81,12 @@ def _skipping(
 ) -> tuple[Tensor, _Plan, list[Tensor]]:  # fmt: skip
     """What comes out, [T, B, D]; the open gates; for each token, if kept, its experts' z [open, F] before GELU."""
     parts = x_TBD, gates_TBE, up_TEDF, up_bias_TEF, down_TEFD, down_bias_TED
-    (tokens, rows, dim), width = x_TBD.shape, up_TEDF.shape[3]
+    tokens, rows, dim = x_TBD.shape
     out_TBD = x_TBD.new_empty(tokens, rows, dim)
     x, gates, out = (part.detach().numpy() for part in (x_TBD, gates_TBE.contiguous(), out_TBD))
     plan = counts, order, weights = _plan(gates)
     opened = counts.sum(1).tolist()
-    kept = [x_TBD.new_empty(number, width) for number in opened] if keep else []
+    kept: dict[int, Tensor] = {}
     most = break_even * gates.shape[2] * rows
 
     def token(t: int) -> None:
@@ -94,20 +94,18 @@ def _skipping(
             whole = masked_experts(*(part[t : t + 1] for part in parts))
             out[t] = whole[0].detach().numpy()  # by NumPy: this thread is not in the caller's inference mode
             return
-        taken, given = (scratch(name, x_TBD.dtype, opened[t], dim) for name in ("experts in", "experts out"))
+        taken = scratch("experts in", x_TBD.dtype, opened[t], dim)
         _gather(x[t], order[t], taken.numpy())
-        sizes = counts[t].tolist()
-        hidden = scratch("experts hidden", x_TBD.dtype, max(sizes), width)
-        before = kept[t].split(sizes) if keep else [hidden[:size] for size in sizes]
-        pieces = zip(sizes, taken.split(sizes), before, given.split(sizes), up_TEDF[t], up_bias_TEF[t], down_TEFD[t])
-        for size, mine, z, found, up, bias, down in pieces:
-            if size:
-                torch.addmm(bias, mine, up, out=z)
-                torch.mm(torch.ops.aten.gelu.out(z, out=hidden[:size]), down, out=found)
-        _scatter(given.numpy(), order[t], weights[t], counts[t], down_bias_TED[t].detach().numpy(), out[t])
+        z = grouped(taken, up_TEDF[t], counts[t])
+        _add_bias(z.numpy(), up_bias_TEF[t].detach().numpy(), counts[t])
+        if keep:
+            kept[t] = z
+        h = torch.ops.aten.gelu.out(z, out=scratch("experts h", z.dtype, *z.shape)) if keep else torch.ops.aten.gelu_(z)
+        given = grouped(h, down_TEFD[t], counts[t]).numpy()
+        _scatter(given, order[t], weights[t], counts[t], down_bias_TED[t].detach().numpy(), out[t])
 
     _by_token(token, tokens)
-    return out_TBD, plan, kept
+    return out_TBD, plan, [kept[t] for t in range(tokens)] if keep else []
 
 
 def _by_token(task: Callable[[int], None], tokens: int) -> None:
@@ -120,6 +118,29 @@ def _by_token(task: Callable[[int], None], tokens: int) -> None:
                 task(t)
 
     in_threads(part, workers)
+
+
+def grouped(rows: Tensor, weights: Tensor, counts: np.ndarray) -> Tensor:
+    """[N, I] whose first counts[0] rows meet weights[0] of [E, I, O], the next counts[1] weights[1]: [N, O].
+
+    One call where torch has it (float32 on a CPU since 2.10, sizes of whole 16 bytes): threads that come back to Python
+    for each of many small products wait for each other.
+    """
+    if _one_call(rows, weights.shape[1:]):
+        return F.grouped_mm(rows, weights, offs=torch.from_numpy(np.cumsum(counts, dtype=np.int32)))
+    return torch.cat([part @ weight for part, weight in zip(rows.split(counts.tolist()), weights)])
+
+
+def grouped_outer(rows: Tensor, others: Tensor, counts: np.ndarray) -> Tensor:
+    """Products of [N, I], transposed, and [N, O] over the rows of each group alone: [E, I, O]."""
+    if _one_call(rows, (rows.shape[1], others.shape[1])):
+        return F.grouped_mm(rows.t(), others, offs=torch.from_numpy(np.cumsum(counts, dtype=np.int32)))
+    sizes = counts.tolist()
+    return torch.stack([a.t() @ b for a, b in zip(rows.split(sizes), others.split(sizes))])
+
+
+def _one_call(rows: Tensor, widths: Sequence[int]) -> bool:
+    return rows.dtype == torch.float32 and hasattr(F, "grouped_mm") and not any(width % 4 for width in widths)
 
 
 class _SparseExperts(torch.autograd.Function):
@@ -139,44 +160,28 @@ class _SparseExperts(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         x_TBD, _, up_TEDF, _, down_TEFD, down_bias_TED, *kept = ctx.saved_tensors
         counts, order, weights = ctx.plan
-        (tokens, _, dim), width = x_TBD.shape, up_TEDF.shape[3]
+        tokens, _, dim = x_TBD.shape
         found = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in ctx.saved_tensors[:6]]
         dx_TBD, dgates_TBE, dup_TEDF, dup_bias_TEF, ddown_TEFD, ddown_bias_TED = found
         x, dout, down_bias = (part.detach().numpy() for part in (x_TBD, gradients[0], down_bias_TED))
         dx, dgates, dup_bias, ddown_bias = (part.numpy() for part in (dx_TBD, dgates_TBE, dup_bias_TEF, ddown_bias_TED))
 
         def token(t: int) -> None:
-            z, sizes = kept[t], counts[t].tolist()
-            taken, given, back = (
-                scratch(f"experts {name}", z.dtype, len(z), dim) for name in ("in", "out", "gradient")
-            )
-            h, dh = (scratch(f"experts {name}", z.dtype, len(z), width) for name in ("h", "dh"))
+            z, own = kept[t], counts[t]
+            taken, given = (scratch(f"experts {name}", z.dtype, len(z), dim) for name in ("in", "out"))
             _gather(x[t], order[t], taken.numpy())
             _gather(dout[t], order[t], given.numpy())
-            for mine, to, down in zip(given.split(sizes), dh.split(sizes), down_TEFD[t]):
-                torch.mm(mine, down.t(), out=to)
-            torch.ops.aten.gelu.out(z, out=h)
+            dh = grouped(given, down_TEFD[t].transpose(1, 2), own)
+            h = torch.ops.aten.gelu.out(z, out=scratch("experts h", z.dtype, *z.shape))
             _through_gates(
-                given.numpy(),
-                h.numpy(),
-                dh.numpy(),
-                order[t],
-                weights[t],
-                counts[t],
-                down_bias[t],
-                dgates[t],
-                ddown_bias[t],
+                given.numpy(), h.numpy(), dh.numpy(), order[t], weights[t], own, down_bias[t], dgates[t], ddown_bias[t]
             )
-            torch.ops.aten.gelu_backward.grad_input(dh, z, grad_input=dh)
-            _sum_by_expert(dh.numpy(), counts[t], dup_bias[t])
-            for j, (mine, dy, inner, dz, to) in enumerate(
-                zip(*(part.split(sizes) for part in (taken, given, h, dh, back)))
-            ):
-                torch.mm(inner.t(), dy, out=ddown_TEFD[t, j])
-                torch.mm(mine.t(), dz, out=dup_TEDF[t, j])
-                torch.mm(dz, up_TEDF[t, j].t(), out=to)
+            dz = torch.ops.aten.gelu_backward.grad_input(dh, z, grad_input=dh)
+            _sum_by_expert(dz.numpy(), own, dup_bias[t])
+            ddown_TEFD[t] = grouped_outer(h, given, own)
+            dup_TEDF[t] = grouped_outer(taken, dz, own)
             dx[t] = 0
-            _add_rows(back.numpy(), order[t], dx[t])
+            _add_rows(grouped(dz, up_TEDF[t].transpose(1, 2), own).numpy(), order[t], dx[t])
 
         _by_token(token, tokens)
         return tuple(found)
@@ -241,6 +246,16 @@ def _gather(x_BD, order, taken):  # pragma: no cover - compiled
         row = order[p]
         for d in range(x_BD.shape[1]):
             taken[p, d] = x_BD[row, d]
+
+
+@njit(nogil=True, cache=True)
+def _add_bias(z, bias_EF, counts):  # pragma: no cover - compiled
+    p = 0
+    for j in range(len(counts)):
+        for _ in range(counts[j]):
+            for f in range(z.shape[1]):
+                z[p, f] += bias_EF[j, f]
+            p += 1
 
 
 @njit(nogil=True, cache=True, fastmath={"contract"})
