@@ -6,12 +6,13 @@ from torch import nn
 
 from scalerec.config import override, parse
 from scalerec.errors import InputError
-from scalerec.ops import row_adagrad as ops
+from scalerec.ops import row_step as ops
 from scalerec.training.optim import (
     OptimizerConfig,
     RowAdamW,
     load_state_tensors,
     row_adagrad_reference,
+    row_adamw_reference,
     set_rates,
     state_tensors,
 )
@@ -105,6 +106,42 @@ def test_row_adagrad_equals_its_plain_twin_and_a_loop_in_float64(rowwise, thread
             torch.testing.assert_close(found.double(), exact_sums, rtol=1e-5, atol=1e-5)
         with pytest.raises(IndexError, match="does not have"):
             ops.row_adagrad(weight, sums, torch.tensor([rows]), torch.ones(1, width), 0.1, 1e-8)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("rowwise", [False, True])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_compiled_row_adamw_equals_its_plain_twin_and_a_loop_in_float64(decay, rowwise, threads, monkeypatch):
+    monkeypatch.setattr(ops, "ALONE", 10)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        rows, width, steps = 101, 5, []
+        for seed in range(12):  # many rows once, one of them often
+            random = torch.Generator().manual_seed(seed)
+            ids = torch.cat([torch.randint(rows, (90,), generator=random), torch.full((30,), 7)])
+            steps.append((ids, torch.randn(120, width, generator=random)))
+        weight = torch.randn(rows, width)
+        expected, count = slow_adamw(weight, steps, 0.05, BETAS, 1e-6, decay, rowwise)
+        both = []
+        for compiled in (True, False):
+            table, second = weight.clone(), torch.zeros(rows, 1 if rowwise else width)
+            state = {"first": torch.zeros(rows, width), "second": second}
+            state["steps"] = torch.zeros(rows, 1, dtype=torch.int32)
+            for ids, values in steps:
+                if compiled:
+                    ops.row_adamw(table, *state.values(), ids, values, 0.05, BETAS, 1e-6, decay)
+                else:
+                    row_adamw_reference(table, state, sparse(ids, values, rows), 0.05, BETAS, 1e-6, decay)
+            torch.testing.assert_close(table.double(), expected, rtol=1e-4, atol=1e-5)
+            both.append([table, *state.values()])
+            assert state["steps"][:, 0].tolist() == count
+        for found, plain in zip(*both):
+            torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+        with pytest.raises(IndexError, match="does not have"):
+            ops.row_adamw(*both[0], torch.tensor([rows]), torch.ones(1, width), 0.05, BETAS, 1e-6, decay)
     finally:
         torch.set_num_threads(before)
 

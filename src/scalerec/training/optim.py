@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from scalerec.config import Config
 from scalerec.models.base import Model
-from scalerec.ops.row_adagrad import row_adagrad
+from scalerec.ops.row_step import row_adagrad, row_adamw
 from scalerec.training.dense_optim import AdamW, RMSprop
 
 DenseKind = Literal["rmsprop", "adamw"]
@@ -139,7 +139,7 @@ class RowAdagrad(_RowOptimizer):
     def update(self, parameter: nn.Parameter, state: dict[str, Tensor], options: dict[str, Any]) -> None:
         gradient, total, rates = parameter.grad, state["sum"], (options["lr"], options["eps"])
         assert gradient is not None
-        if parameter.device.type == "cpu" and parameter.dtype == gradient.dtype == torch.float32:
+        if _compilable(parameter, gradient):
             row_adagrad(parameter, total, gradient._indices()[0], gradient._values(), *rates)
         else:
             row_adagrad_reference(parameter, total, gradient, *rates, self.rowwise)
@@ -167,9 +167,17 @@ class RowAdamW(_RowOptimizer):
         }
 
     def update(self, parameter: nn.Parameter, state: dict[str, Tensor], options: dict[str, Any]) -> None:
-        assert parameter.grad is not None
-        decay = options["weight_decay"]
-        row_adamw(parameter, state, parameter.grad, options["lr"], options["betas"], options["eps"], decay)
+        gradient, rates = parameter.grad, (options[name] for name in ("lr", "betas", "eps", "weight_decay"))
+        assert gradient is not None
+        if _compilable(parameter, gradient):
+            moments = state["first"], state["second"], state["steps"]
+            row_adamw(parameter, *moments, gradient._indices()[0], gradient._values(), *rates)
+        else:
+            row_adamw_reference(parameter, state, gradient, *rates)
+
+
+def _compilable(parameter: Tensor, gradient: Tensor) -> bool:
+    return parameter.device.type == "cpu" and parameter.dtype == gradient.dtype == torch.float32
 
 
 def row_adagrad_reference(
@@ -183,7 +191,7 @@ def row_adagrad_reference(
     weight.index_add_(0, rows, values / (total.sqrt() + eps), alpha=-lr)
 
 
-def row_adamw(
+def row_adamw_reference(
     weight: Tensor, state: dict[str, Tensor], gradient: Tensor, lr: float, betas: tuple[float, float], eps: float,
     decay: float,
 ) -> None:  # fmt: skip
