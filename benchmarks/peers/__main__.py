@@ -4,9 +4,11 @@
     python -m benchmarks.peers [--environment DIR] [--rounds 3] [--threads N] [--json]
 
 `peer_speedup_kuairand` and `peer_speedup_synthetic` (1 M rows, 32 fields): rows a second of one epoch of ours over
-those of the faster of the two, in turn, each run a process; `peer_speedup` is the smaller. The clock runs from before
+those of the faster of the two, in turn, each run a process; `peer_speedup` is the smaller. Keys with `bf16` are of ours
+with matrix products in bf16 (`--training.precision bf16`), which neither of the others has. The clock runs from before
 the data is opened until the last step: ours fits its dictionaries and encodes in that time, the others get ids, as
-arrays that `np.load` reads, ready to be looked up. Starting Python, importing and testing are outside on all sides.
+arrays that `np.load` reads, ready to be looked up. Starting Python, importing (what torch's optimisers import when the
+first is made, too) and testing are outside on all sides.
 
 The same for all: the columns of ids (KuaiRand: numbers in their buckets, without histories), vectors of 16, three full
 crosses beside an MLP of 256 and 128, one task, batches of 1,024 shuffled rows, Adam with a rate of 1e-3, threads. The
@@ -35,14 +37,16 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from benchmarks.environment import install, python_of, say, versions, without_scalerec
-from benchmarks.machine import describe_machine, options, refuse_if_busy
+from benchmarks.machine import describe_machine, has_bf16_units, options, refuse_if_busy
 from benchmarks.turns import spread
 from scalerec.data.source import cache_root
 
 PEER = Path(__file__).parent / "dcnv2.py"
 LIBRARIES = ("fuxictr", "rechub")
+OURS = {"scalerec": "fp32", "scalerec_bf16": "bf16"}
 RECIPES = {"kuairand": "rankmixer_kuairand", "synthetic": "rankmixer_synthetic"}
 SIZES = {"dim": 16, "crosses": 3, "hidden": [256, 128], "batch": 1024, "lr": 1e-3}
+TABLE_RATE = 1e-3  # of ours
 
 
 def prepare(name: str, folder: Path, rows: int) -> None:
@@ -87,9 +91,10 @@ def dense(column: np.ndarray, known: np.ndarray) -> np.ndarray:
     return np.where(known[place] == column, place + 1, 0)
 
 
-def ours(folder: Path, threads: int, out: Path) -> None:
+def ours(folder: Path, threads: int, precision: Any, out: Path) -> None:
     """One epoch of scalerec's DCNv2, in this process."""
     import torch
+    import torch._dynamo
 
     from scalerec import evaluate
     from scalerec.data.loader import Loader
@@ -104,8 +109,10 @@ def ours(folder: Path, threads: int, out: Path) -> None:
     data = Parquet(
         path=str(folder / "*.parquet"), schema_file=str(folder / "schema.json"), split=ColumnSplit(column="part")
     )
-    optimizer = OptimizerConfig(dense="adamw", lr=SIZES["lr"], embedding="adamw", embedding_lr=SIZES["lr"], clip=10.0)
-    config = TrainingConfig(batch_size=SIZES["batch"], threads=threads, optimizer=optimizer, tensorboard=False)
+    optimizer = OptimizerConfig(dense="adamw", lr=SIZES["lr"], embedding="adamw", embedding_lr=TABLE_RATE, clip=10.0)
+    config = TrainingConfig(
+        batch_size=SIZES["batch"], threads=threads, precision=precision, optimizer=optimizer, tensorboard=False
+    )
     model = DCNv2Config(crosses=SIZES["crosses"], hidden=tuple(SIZES["hidden"]))
     start = time.perf_counter()
     training = Training(Run(name="dcnv2", data=data, model=model, training=config), out.with_suffix(""),
@@ -126,7 +133,8 @@ def ours(folder: Path, threads: int, out: Path) -> None:
 def train(name: str, data: Path, environment: Path, threads: int, workers: int, out: Path) -> dict[str, Any]:
     """One run in a process of its own."""
     words = [str(data), "--threads", str(threads), "--out", str(out)]
-    if name == "scalerec":
+    if name in OURS:
+        words += ["--precision", OURS[name]]
         command, variables = [sys.executable, "-m", "benchmarks.peers", "--ours", *words], None
     else:
         command = [str(python_of(environment)), str(PEER), name, *words, "--workers", str(workers)]
@@ -138,14 +146,16 @@ def train(name: str, data: Path, environment: Path, threads: int, workers: int, 
         return {key: found[key] for key in found.files}
 
 
-def compare(name: str, data: Path, environment: Path, threads: int, rounds: int, scratch: Path) -> dict[str, Any]:
+def compare(
+    name: str, formats: list[str], data: Path, environment: Path, threads: int, rounds: int, scratch: Path
+) -> dict[str, Any]:
     """All rounds on one data set."""
     from scalerec import metrics
 
     seconds: dict[str, list[float]] = {}
     last: dict[str, dict[str, Any]] = {}
     for number in range(rounds):
-        for who in (*LIBRARIES, "scalerec"):
+        for who in (*LIBRARIES, *formats):
             workers = int(last[who]["workers"]) if who in last else -1
             shutil.rmtree(scratch / who, ignore_errors=True)
             last[who] = train(who, data, environment, threads, workers, scratch / f"{who}.npz")
@@ -153,16 +163,19 @@ def compare(name: str, data: Path, environment: Path, threads: int, rounds: int,
             say(f"{name}, round {number + 1}: {who} {seconds[who][-1]:.1f} s")
     rows = pq.read_metadata(data / "train.parquet").num_rows
     faster = min(LIBRARIES, key=lambda who: median(seconds[who]))
-    found = spread(f"peer_speedup_{name}", [a / b for a, b in zip(seconds[faster], seconds["scalerec"])])
     test = pq.read_table(data / "test.parquet", columns=["label", "user"])
     labels, users = test["label"].to_numpy(), test["user"].to_numpy()
     auc = {who: metrics.auc(labels, last[who]["scores"]) for who in last}
     better = max(LIBRARIES, key=lambda who: auc[who])
-    difference = metrics.paired_bootstrap(users, labels, last[better]["scores"], last["scalerec"]["scores"])
-    found |= {
-        f"auc_difference_{name}": difference.mean, f"auc_difference_{name}_low": difference.low,
-        f"auc_difference_{name}_high": difference.high, f"rows_{name}": rows,
-    }  # fmt: skip
+    found: dict[str, Any] = {f"rows_{name}": rows}
+    for who in formats:
+        key = who.replace("scalerec", name)
+        found |= spread(f"peer_speedup_{key}", [a / b for a, b in zip(seconds[faster], seconds[who])])
+        difference = metrics.paired_bootstrap(users, labels, last[better]["scores"], last[who]["scores"])
+        found |= {
+            f"auc_difference_{key}": difference.mean, f"auc_difference_{key}_low": difference.low,
+            f"auc_difference_{key}_high": difference.high,
+        }  # fmt: skip
     for who in last:
         found |= {f"rows_per_second_{who}_{name}": rows / median(seconds[who]), f"auc_{who}_{name}": auc[who]}
         found |= {
@@ -173,13 +186,14 @@ def compare(name: str, data: Path, environment: Path, threads: int, rounds: int,
     return found
 
 
-def show(found: dict[str, Any], machine: dict[str, Any], sets: list[str]) -> None:
+def show(found: dict[str, Any], machine: dict[str, Any], sets: list[str], formats: list[str]) -> None:
     caption = ", ".join(f"{name} {value}" for name, value in machine.items())
     grid = Grid("", "", "rows/s", "AUC", "over the faster", caption=caption)
     for name in sets:
-        low, high = (found[f"peer_speedup_{name}_{end}"] for end in ("low", "high"))
-        for who in (*LIBRARIES, "scalerec"):
-            ratio = f"{found[f'peer_speedup_{name}']:.2f} ({low:.2f} to {high:.2f})" if who == "scalerec" else ""
+        for who in (*LIBRARIES, *formats):
+            key = f"peer_speedup_{who.replace('scalerec', name)}"
+            low, high = (found.get(f"{key}_{end}", 0.0) for end in ("low", "high"))
+            ratio = f"{found[key]:.2f} ({low:.2f} to {high:.2f})" if who in formats else ""
             speed, auc = found[f"rows_per_second_{who}_{name}"], found[f"auc_{who}_{name}"]
             grid.add_row(name, who, f"{speed:,.0f}", f"{auc:.4f}", ratio)
     Console().print(grid)
@@ -196,10 +210,11 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--threads", type=int, default=0, help="default: all cores")
     parser.add_argument("--ours", type=Path, metavar="DATA", help="one epoch of ours, in this process")
+    parser.add_argument("--precision", choices=OURS.values(), default="fp32", help="of --ours")
     parser.add_argument("--out", type=Path, help="of --ours")
     given = parser.parse_args()
     if given.ours:
-        ours(given.ours, given.threads, given.out)
+        ours(given.ours, given.threads, given.precision, given.out)
         return
     environment = given.environment.absolute()
     found_there = versions(environment, PEER, without_scalerec())
@@ -211,6 +226,7 @@ def main() -> None:
         return
     machine = describe_machine()
     threads = given.threads or int(machine["cores"])
+    formats = [who for who, precision in OURS.items() if precision == "fp32" or has_bf16_units()]
     found: dict[str, Any] = {}
     for name in given.sets:
         data = given.scratch / (name if name == "kuairand" else f"{name}-{given.rows}")
@@ -218,10 +234,11 @@ def main() -> None:
             shutil.rmtree(data, ignore_errors=True)
             prepare(name, data, given.rows)
         busy = refuse_if_busy(given.even_if_busy)
-        found |= compare(name, data, environment, threads, given.rounds, given.scratch)
+        found |= compare(name, formats, data, environment, threads, given.rounds, given.scratch)
         found["busy"] = busy or found.get("busy", False)
-    found["peer_speedup"] = min(found[f"peer_speedup_{name}"] for name in given.sets)
-    show(found, machine, given.sets)
+    for ending in (who.removeprefix("scalerec") for who in formats):
+        found[f"peer_speedup{ending}"] = min(found[f"peer_speedup_{name}{ending}"] for name in given.sets)
+    show(found, machine, given.sets, formats)
     if given.json:
         peers = {f"peer_{name}": version for name, version in found_there.items()}
         print(json.dumps(found | peers | machine | {"rounds": given.rounds}))

@@ -83,7 +83,7 @@ def test_the_peers_get_the_ids_that_ours_gets(monkeypatch, tmp_path):
         with np.load(tmp_path / "data" / f"{part}.npz") as arrays:
             for i, rows in enumerate(sizes["rows"]):
                 assert np.array_equal(table[f"f{i}"].to_numpy(), arrays[f"f{i}"]) and arrays[f"f{i}"].max() < rows
-    peers.ours(tmp_path / "data", torch.get_num_threads(), tmp_path / "ours.npz")
+    peers.ours(tmp_path / "data", torch.get_num_threads(), "fp32", tmp_path / "ours.npz")
     with np.load(tmp_path / "ours.npz") as found:
         assert len(found["scores"]) == table.num_rows and found["seconds"] > found["loading"] > 0
 

@@ -96,21 +96,23 @@ class ShardedEmbeddings(EmbeddingCollection):
             found[name].scatter(weight, found[name].weight)
 
     def look_up(self, lookups: list[Lookup]) -> list[Tensor]:
+        columns = [column for lookup in lookups for column in lookup.apart()]
         places: dict[str, list[int]] = {table.name: [] for table in self.layout.tables}
-        for i, lookup in enumerate(lookups):
-            places[lookup.table].append(i)
+        for i, column in enumerate(columns):
+            places[column.tables[0]].append(i)
         asked = []
         vectors: dict[int, Tensor] = {}
         gradients = torch.is_grad_enabled()
         # On a CPU, FBGEMM's lookups exist only as differentiable functions, which inference mode does not find.
         with torch.inference_mode(False), torch.set_grad_enabled(gradients):
             for home in self.homes:
-                groups = [[lookups[i] for i in places[table.name]] for table in home.tables]
+                groups = [[columns[i] for i in places[table.name]] for table in home.tables]
                 asked.append((home, groups, home.ask(groups)))
             for home, groups, waiting in asked:
                 for table, found in zip(home.tables, home.answer(waiting, groups)):
                     vectors |= zip(places[table.name], found)
-        return list(_Together.apply(*(vectors[i] for i in range(len(lookups)))))
+        parts = iter(_Together.apply(*(vectors[i] for i in range(len(columns)))))
+        return [torch.cat([next(parts) for _ in lookup.tables], 1) for lookup in lookups]
 
     def sparse_parameters(self) -> list[nn.Parameter]:
         return []
@@ -233,7 +235,7 @@ class _Home(ABC):
     def ids(self, groups: list[list[Lookup]]) -> tuple[Tensor, list[int]]:
         """The ids of all lookups, table by table, and how many each table has."""
         none = torch.empty(0, dtype=torch.int64, device=self.device)
-        ids = torch.cat([none, *(lookup.ids for group in groups for lookup in group)])
+        ids = torch.cat([none, *(lookup.ids.flatten() for group in groups for lookup in group)])
         return ids, [sum(lookup.ids.numel() for lookup in group) for group in groups]
 
     @abstractmethod
@@ -328,7 +330,7 @@ def _local(table: Any) -> Tensor | None:
 
 
 def _lengths(lookup: Lookup) -> Tensor:
-    assert lookup.lengths is not None, f"table {lookup.table} holds multi-valued features"
+    assert lookup.lengths is not None, f"table {lookup.tables[0]} holds multi-valued features"
     return lookup.lengths
 
 

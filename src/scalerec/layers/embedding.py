@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from scalerec.batch import MISSING, Rows
 from scalerec.features.layout import FeatureLayout, Layout
+from scalerec.hardware import in_huge_pages
 
 
 @dataclass(frozen=True)
@@ -38,17 +40,24 @@ class Embedded:
 
 @dataclass(frozen=True)
 class Lookup:
-    """Ids to be looked up in one table for one feature of one side (and one field of a sequence)."""
+    """Ids to be looked up: columns of features (or fields of a sequence) that are as wide and stand side by side."""
 
-    table: str
-    ids: Tensor  # [k] flat
+    tables: tuple[str, ...]  # of each column
+    ids: Tensor  # [n, columns]; [k] of a multi-valued feature
     lengths: Tensor | None = None  # [n] of a multi-valued feature, k in all: one pooled vector for each list
     pooling: str = "mean"
 
+    def apart(self) -> list[Lookup]:
+        """The same, a lookup for each column."""
+        if len(self.tables) == 1:
+            return [self]
+        return [Lookup((table,), self.ids[:, j]) for j, table in enumerate(self.tables)]
+
     def pooled(self, vectors: Tensor) -> Tensor:
-        """Vectors of the ids [k, dim] -> sum or mean of each list [n, dim], zero for an empty one; or as they are."""
+        """Vectors of the ids in a row [n columns, dim] -> side by side [n, columns dim]; or the sum or mean [n, dim] of
+        each list, zero for an empty one."""
         if self.lengths is None:
-            return vectors
+            return vectors.view(-1, len(self.tables) * vectors.shape[1])
         row = torch.repeat_interleave(torch.arange(self.lengths.numel(), device=vectors.device), self.lengths)
         sums = vectors.new_zeros(self.lengths.numel(), vectors.shape[1]).index_add(0, row, vectors)
         return sums / self.lengths.clamp(min=1)[:, None] if self.pooling == "mean" else sums
@@ -71,7 +80,7 @@ class EmbeddingCollection(nn.Module):
             self.place[table.name] = (table.dim, rows.get(table.dim, 0))
             rows[table.dim] = rows.get(table.dim, 0) + table.rows
         for dim, n in rows.items():
-            self.register_parameter(f"width_{dim}", nn.Parameter(torch.empty(n, dim)))
+            self.register_parameter(f"width_{dim}", nn.Parameter(in_huge_pages(torch.empty(n, dim))))
         self.widths = tuple(rows)
         self.linear = nn.ModuleDict({side: _LinearNumbers(shape.numbers) for side, shape in layout.sides.items()})
         self.reset_parameters()
@@ -109,47 +118,62 @@ class EmbeddingCollection(nn.Module):
     def lookups(self, rows: Rows) -> list[Lookup]:
         """What one side needs, in the order in which `assemble` takes the vectors."""
         shape = self.layout.sides[rows.side]
-        found = [Lookup(f.tables[0], rows.ids[:, j]) for j, f in enumerate(shape.ids)]
-        for feature in shape.multi:
-            jagged = rows.lists[feature.name]
-            found.append(Lookup(feature.tables[0], jagged.values, jagged.lengths, feature.pooling))
+        found, first = [], 0
+        for run in shape.runs:
+            if run[0].kind == "id":
+                found.append(Lookup(tuple(f.tables[0] for f in run), rows.ids[:, first : first + len(run)]))
+                first += len(run)
+            elif run[0].kind == "multi":
+                jagged = rows.lists[run[0].name]
+                found.append(Lookup(run[0].tables, jagged.values, jagged.lengths, run[0].pooling))
         for feature in shape.sequences:
-            values = rows.lists[feature.name].values
-            found += [Lookup(table, values[:, j]) for j, table in enumerate(feature.tables)]
+            values, first = rows.lists[feature.name].values, 0
+            for tables in self._fields(feature):
+                found.append(Lookup(tables, values[:, first : first + len(tables)]))
+                first += len(tables)
         return found
 
+    def _fields(self, sequence: FeatureLayout) -> list[tuple[str, ...]]:
+        """The tables of its fields, those of one width together."""
+        return [tuple(run) for _, run in groupby(sequence.tables, lambda name: self.layout.table[name].dim)]
+
     def look_up(self, lookups: list[Lookup]) -> list[Tensor]:
-        """The vectors of each lookup, [k, dim] or pooled [n, dim]; distributed training replaces this one method."""
+        """The vectors of each lookup, [n, columns dim] or pooled [n, dim]; distributed training replaces this one."""
         vectors: list[Tensor | None] = [None] * len(lookups)
         for dim in self.widths:
-            mine = [i for i, lookup in enumerate(lookups) if self.place[lookup.table][0] == dim]
+            mine = [i for i, lookup in enumerate(lookups) if self.place[lookup.tables[0]][0] == dim]
             if not mine:
                 continue
-            ids = torch.cat([lookups[i].ids + self.place[lookups[i].table][1] for i in mine])
-            found = F.embedding(ids, self.weight(dim), sparse=True)
-            for i, part in zip(mine, found.split([lookups[i].ids.numel() for i in mine])):
+            ids = [self._rows_of(lookups[i]) for i in mine]
+            found = F.embedding(torch.cat(ids) if len(ids) > 1 else ids[0], self.weight(dim), sparse=True)
+            parts = found.split([part.numel() for part in ids]) if len(ids) > 1 else (found,)
+            for i, part in zip(mine, parts):
                 vectors[i] = lookups[i].pooled(part)
         return [vector for vector in vectors if vector is not None]
+
+    def _rows_of(self, lookup: Lookup) -> Tensor:
+        """Rows of the tables of one width, row after row of the lookup."""
+        first = [self.place[table][1] for table in lookup.tables]
+        if len(first) == 1:
+            return (lookup.ids + first[0]).flatten()
+        return (lookup.ids + torch.tensor(first, device=lookup.ids.device)).flatten()
 
     def assemble(self, rows: Rows, vectors: Iterator[Tensor]) -> Embedded:
         """Vectors of one side's lookups -> its Embedded: sequences padded, columns in the layout's order."""
         shape = self.layout.sides[rows.side]
-        parts = {feature.name: next(vectors) for feature in (*shape.ids, *shape.multi)}
-        if shape.numbers:
-            numbers = self.linear[rows.side](rows.numbers)
-            parts |= {feature.name: numbers[j] for j, feature in enumerate(shape.numbers)}
+        numbers = iter(self.linear[rows.side](rows.numbers) if shape.numbers else ())
+        flat = [next(numbers if run[0].kind == "number" else vectors) for run in shape.runs]
         sequences = {}
         for feature in shape.sequences:
             jagged = rows.lists[feature.name]
-            joined = torch.cat([next(vectors) for _ in feature.tables], 1)
+            joined = _beside([next(vectors) for _ in self._fields(feature)])
             values, mask = type(jagged)(joined, jagged.offsets).padded()
             times, actions = (
                 kept[feature.name].padded()[0] if feature.name in kept else None for kept in (rows.times, rows.actions)
             )
             sequences[feature.name] = EmbeddedSequence(values, mask, times, actions)
-        flat = [parts[feature.name] for feature in shape.flat]
         return Embedded(
-            torch.cat(flat, 1) if flat else rows.ids.new_zeros(len(rows), 0, dtype=torch.float), sequences, rows.now
+            _beside(flat) if flat else rows.ids.new_zeros(len(rows), 0, dtype=torch.float), sequences, rows.now
         )
 
     # One key per table, whatever lies in memory: checkpoints move between this form and sharded ones.
@@ -168,6 +192,10 @@ class EmbeddingCollection(nn.Module):
             else:
                 weight.copy_(value)
         unexpected += [key for key in state_dict if key.startswith(f"{prefix}tables.")]
+
+
+def _beside(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
 class _LinearNumbers(nn.Module):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from scalerec.layers.embedding import EmbeddedSequence
+from scalerec.ops.din import Layers, din
 
 
 def masked_mean(sequence: EmbeddedSequence) -> Tensor:
@@ -37,22 +38,20 @@ class DIN(nn.Module):
 
     def forward(self, query: Tensor, sequence: EmbeddedSequence, user_of_row: Tensor) -> Tensor:
         """Query [B, w] and pasts of U users -> [B, w]; zero for an empty past."""
-        if torch.compiler.is_compiling():  # the number of pairs depends on the data; a compiled graph wants fixed ranks
+        if torch.compiler.is_compiling():  # the number of pairs depends on the data, and a graph wants fixed ranks
             return self.padded(query, sequence, user_of_row)
         w_q, w_k, w_d, w_p = self.weight
-        row, event = sequence.mask[user_of_row].nonzero(as_tuple=True)  # P pairs of a row and a real event
-        if not row.numel():
-            return torch.zeros_like(query)
-        place = user_of_row[row] * sequence.mask.shape[1] + event
-        keys = sequence.values.flatten(0, 1)  # [U L, w]
-        of_key = (keys @ (w_k - w_d)).index_select(0, place)  # [P, first]
-        of_query = (query @ (w_q + w_d) + self.bias).index_select(0, row)
-        keys = keys.index_select(0, place)
-        scores = self._scores(of_key + of_query + (query.index_select(0, row) * keys) @ w_p)
-        return torch.zeros_like(query).index_add(0, row, (scores * keys).to(query.dtype))
+        of_keys = (sequence.values @ (w_k - w_d)).to(query.dtype)  # [U, L, first]; bf16 under autocast
+        of_query = (query @ (w_q + w_d)).to(query.dtype) + self.bias
+        layers = Layers(
+            w_p, self.prelu[0].get_parameter("weight"), self.second.weight.t(), self.second.bias,
+            self.prelu[1].get_parameter("weight"),
+            self.last.weight[0], self.last.bias,
+        )  # fmt: skip
+        return din(query, of_query, sequence.values, of_keys, sequence.mask, user_of_row, layers)
 
     def padded(self, query: Tensor, sequence: EmbeddedSequence, user_of_row: Tensor) -> Tensor:
-        """The same over all padded events, with the mask afterwards: the plain twin of `forward`."""
+        """The same over all padded events, with the mask afterwards: what graphs compute."""
         w_q, w_k, w_d, w_p = self.weight
         keys = sequence.values[user_of_row]  # [B, L, w]
         of_key = (sequence.values @ (w_k - w_d))[user_of_row]

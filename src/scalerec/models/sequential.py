@@ -142,7 +142,7 @@ class SequentialModel(Model):
         """The loss terms of a training batch, all lookups in one call."""
         batch = batch.unshared()
         goal = self.foreseen(batch) if self.retrieves else None
-        lookups = [] if goal is None else [Lookup(self.item_table.name, goal.pool)]
+        lookups = [] if goal is None else [Lookup((self.item_table.name,), goal.pool)]
         (user, items), found = self.embeddings.embed((batch.user, batch.items), lookups)
         state = self.encode_user(user)
         terms = self.ranking_terms(state, items, batch) if self.ranks else {}
@@ -244,7 +244,7 @@ class SequentialModel(Model):
     def catalogue(self) -> Tensor:
         """[V, D] the unit vectors of all items, from the table's first real id on."""
         ids = self.catalogue_ids(next(self.parameters()).device)
-        return F.normalize(self.embeddings.look_up([Lookup(self.item_table.name, ids)])[0], dim=-1, eps=1e-6)
+        return F.normalize(self.embeddings.look_up([Lookup((self.item_table.name,), ids)])[0], dim=-1, eps=1e-6)
 
 
 def start_items(embeddings: EmbeddingCollection, table: str) -> None:

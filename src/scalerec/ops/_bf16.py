@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from llvmlite import ir
 from numba import njit, types
-from numba.extending import overload
+from numba.extending import intrinsic, overload
 from torch import Tensor
 
 compiled: Any = njit(nogil=True, fastmath={"contract", "reassoc"}, error_model="numpy", cache=True)
@@ -61,3 +62,56 @@ def _narrow_of(bits, out):  # pragma: no cover - compiled
                 out[i] = wide[i]
 
     return narrowed
+
+
+# Number by number, inside loops that do more.
+
+
+def _bitcast(source: Any, target: Any, to: Any) -> Any:
+    """The same bits as a number of another type."""
+
+    @intrinsic
+    def cast(context, number):
+        def codegen(context, builder, signature, arguments):
+            return builder.bitcast(arguments[0], to)
+
+        return target(source), codegen
+
+    return cast
+
+
+float_of = _bitcast(types.uint32, types.float32, ir.FloatType())
+_bits_of = _bitcast(types.float32, types.uint32, ir.IntType(32))
+
+
+def get(row: np.ndarray, at: int) -> Any:
+    """The number that stands at a place."""
+    raise NotImplementedError("compiled code alone calls it")
+
+
+@overload(get)
+def _get_of(row, at):  # pragma: no cover - compiled
+    if row.dtype == types.uint16:
+        return lambda row, at: float_of(np.uint32(row[at]) << np.uint32(16))
+    return lambda row, at: row[at]
+
+
+def put(row: np.ndarray, at: int, value: Any) -> None:
+    """Write a number down at a place; bf16 to the nearest, ties to even."""
+    raise NotImplementedError("compiled code alone calls it")
+
+
+@overload(put)
+def _put_of(row, at, value):  # pragma: no cover - compiled
+    if row.dtype != types.uint16:
+
+        def exactly(row, at, value):
+            row[at] = value
+
+        return exactly
+
+    def rounded(row, at, value):
+        bits = _bits_of(np.float32(value))
+        row[at] = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+
+    return rounded

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from scalerec.ops._bf16 import array
 from scalerec.ops._hstu_pairs import slopes, weigh
 from scalerec.ops._hstu_plan import AttentionPlan, Group, Places, Times, bucket_type, cut, tile_buckets
 from scalerec.ops._threads import in_threads, scratch
@@ -148,11 +149,11 @@ class Work:
 
     def weigh(self, step: Step, x: Tensor) -> None:
         """x [P, R, C] -> weights, in place."""
-        weigh(_array(x), *self._pairs(step, len(x)))
+        weigh(array(x), *self._pairs(step, len(x)))
 
     def slopes(self, step: Step, x: Tensor, dx: Tensor) -> None:
         """x [P, R, C] -> weights, and the gradient of these -> that of x, in place; the biases' is added up."""
-        slopes(_array(x), _array(dx), *self._pairs(step, len(x)), self.bias.d_position, self.bias.d_time)
+        slopes(array(x), array(dx), *self._pairs(step, len(x)), self.bias.d_position, self.bias.d_time)
 
     def _pairs(self, step: Step, count: int) -> Pairs:
         """Of a step of so many sequences and heads."""
@@ -326,7 +327,3 @@ def _add(total: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
         total.baddbmm_(a, b, alpha=factor)
     else:  # MKL writes batches to contiguous memory only
         total.add_(torch.bmm(a, b, out=scratch("product", a.dtype, *total.shape)), alpha=factor)
-
-
-def _array(x: Tensor) -> np.ndarray:
-    return x.view(torch.int16).numpy() if x.dtype == torch.bfloat16 else x.numpy()

@@ -1,6 +1,6 @@
 """What becomes of each pair of a row and a key in a tile, in one pass over it: biases, SiLU, its slope, the mask.
 
-Compiled for float32, float64, and bfloat16 whose bits come as int16; what is in between is float32 or wider.
+Compiled for float32, float64, and bfloat16 whose bits come as uint16; what is in between is float32 or wider.
 
 P sequences and heads, the heads of a sequence one after the other   G sequences   R rows   C keys
 """
@@ -11,9 +11,10 @@ import math
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import njit, types
-from numba.extending import intrinsic, overload
+from numba.extending import overload
+
+from scalerec.ops._bf16 import float_of, get, put
 
 WIDE = 16  # numbers at once: the rest of a row would be worked out one by one
 LANES = 4  # copies of the time table that gradients are added to in turns: the same entry twice in a row waits
@@ -39,7 +40,7 @@ def weigh(x, per, first, stride, left, position, time, buckets):  # pragma: no c
             for c in range(-(-seen // WIDE) * WIDE):
                 z[c] /= one + _exp(-z[c])
             for c in range(seen):
-                _put(row, c, z[c])
+                put(row, c, z[c])
             for c in range(seen, keys):
                 row[c] = 0
 
@@ -69,9 +70,9 @@ def slopes(x, dx, per, first, stride, left, position, time, buckets, d_position,
                 share[c] = one / (one + _exp(-z[c]))
             for c in range(seen):
                 weight = z[c] * share[c]
-                _put(row, c, weight)
-                z[c] = _get(slope, c) * (share[c] + weight * (one - share[c]))
-                _put(slope, c, z[c])
+                put(row, c, weight)
+                z[c] = get(slope, c) * (share[c] + weight * (one - share[c]))
+                put(slope, c, z[c])
             for c in range(seen, keys):
                 row[c] = 0
                 slope[c] = 0
@@ -94,7 +95,7 @@ def slopes(x, dx, per, first, stride, left, position, time, buckets, d_position,
 def _score(z, row, seen, gap, position, time, buckets, g, r):  # pragma: no cover - compiled
     """z [C] becomes the row with its biases; `gap` is that of its first key."""
     for c in range(seen):
-        z[c] = _get(row, c)
+        z[c] = get(row, c)
     if len(position):
         places = position[gap + len(position) // 2 :]
         for c in range(seen):
@@ -106,23 +107,6 @@ def _score(z, row, seen, gap, position, time, buckets, g, r):  # pragma: no cove
 
 
 # -- numbers
-
-
-def _bitcast(source: Any, target: Any, to: Any) -> Any:
-    """The same bits as a number of another type."""
-
-    @intrinsic
-    def cast(context, number):
-        def codegen(context, builder, signature, arguments):
-            return builder.bitcast(arguments[0], to)
-
-        return target(source), codegen
-
-    return cast
-
-
-_float_of = _bitcast(types.int32, types.float32, ir.FloatType())
-_bits_of = _bitcast(types.float32, types.int32, ir.IntType(32))
 
 
 def _exp(x) -> Any:
@@ -147,39 +131,6 @@ def _exp_of(x):  # pragma: no cover - compiled
         y = y * f + np.float32(0.5)
         y = y * f + np.float32(1)
         y = y * f + np.float32(1)
-        return y * _float_of(np.int32((np.int32(n) + 127) << 23))
+        return y * float_of(np.uint32((np.int32(n) + 127) << 23))
 
     return exp
-
-
-def _get(row, c) -> Any:
-    """The number that stands at a place."""
-    raise NotImplementedError
-
-
-@overload(_get)
-def _get_of(row, c):  # pragma: no cover - compiled
-    if row.dtype == types.int16:
-        return lambda row, c: _float_of(np.int32(row[c] << 16))
-    return lambda row, c: row[c]
-
-
-def _put(row, c, value):
-    """Write a number down at a place."""
-    raise NotImplementedError
-
-
-@overload(_put)
-def _put_of(row, c, value):  # pragma: no cover - compiled
-    if row.dtype != types.int16:
-
-        def put(row, c, value):
-            row[c] = value
-
-        return put
-
-    def put_bfloat16(row, c, value):  # to the nearest, halves to even
-        bits = _bits_of(np.float32(value))
-        row[c] = np.int16((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
-
-    return put_bfloat16

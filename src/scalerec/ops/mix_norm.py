@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from scalerec.ops._bf16 import array, compiled, narrow, widen
+from scalerec.ops._bf16 import array, compiled, get, put
 from scalerec.ops._threads import in_threads, piece, worth
 from scalerec.ops.token_mixing import token_mixing
 
@@ -109,15 +109,28 @@ def _over_rows(x: Tensor, kernel: Callable[[np.ndarray, int, int], None]) -> np.
     return sums.sum(0)
 
 
+# A row's sum of squares and what follows from it are loops of their own: compiled code checks before each loop whether
+# what it writes overlaps what it reads, and gives vectors up where there is too much to check.
+
+
 @compiled
-def _mixed(row, u):  # pragma: no cover - compiled
-    """u = Mix(row) + row, [T, D]."""
-    tokens, dim = row.shape
+def _mixed(x, u):  # pragma: no cover - compiled
+    """u = Mix(x) + x, [T, D]."""
+    tokens, dim = x.shape
     part = dim // tokens
     for h in range(tokens):
+        own, to = x[h], u[h]
         for t in range(tokens):
+            other, first, begin = x[t], t * part, h * part
             for k in range(part):
-                u[h, t * part + k] = row[h, t * part + k] + row[t, h * part + k]
+                to[first + k] = get(own, first + k) + get(other, begin + k)
+
+
+@compiled
+def _added(y, x, u):  # pragma: no cover - compiled
+    """u = y + x, [D]."""
+    for k in range(len(u)):
+        u[k] = get(y, k) + get(x, k)
 
 
 @compiled
@@ -133,13 +146,13 @@ def _normalise(u, weight, bias, eps, out):  # pragma: no cover - compiled
         total += (u[k] - mean) * (u[k] - mean)
     scale = np.float32(1) / np.sqrt(total / np.float32(dim) + eps)
     for k in range(dim):
-        out[k] = (u[k] - mean) * scale * weight[k] + bias[k]
+        put(out, k, (u[k] - mean) * scale * weight[k] + bias[k])
     return scale
 
 
 @compiled
-def _slope(u, weight, scale, gradient, sums):  # pragma: no cover - compiled
-    """The gradient of u [D], in its place, from that of LN(u); those of weight and bias are added to `sums`."""
+def _slope(u, weight, scale, gradient, dweight, dbias):  # pragma: no cover - compiled
+    """The gradient of u [D], in its place, from that of LN(u); those of weight and bias are added."""
     dim = len(u)
     share = np.float32(1) / np.float32(dim)
     total = np.float32(0)
@@ -147,75 +160,62 @@ def _slope(u, weight, scale, gradient, sums):  # pragma: no cover - compiled
         total += u[k]
     mean, plain, along = total * share, np.float32(0), np.float32(0)
     for k in range(dim):
-        u[k] = (u[k] - mean) * scale
-        g = gradient[k] * weight[k]
+        g = get(gradient, k) * weight[k]
+        at = (u[k] - mean) * scale
         plain += g
-        along += g * u[k]
+        along += g * at
+        u[k] = at
     plain, along = plain * share, along * share
     for k in range(dim):
-        sums[0, k] += gradient[k] * u[k]
-        sums[1, k] += gradient[k]
-        u[k] = scale * (gradient[k] * weight[k] - plain - u[k] * along)
+        dweight[k] += get(gradient, k) * u[k]
+    for k in range(dim):
+        dbias[k] += get(gradient, k)
+    for k in range(dim):
+        u[k] = scale * (get(gradient, k) * weight[k] - plain - u[k] * along)
+
+
+@compiled
+def _written(u, out):  # pragma: no cover - compiled
+    for k in range(len(u)):
+        put(out, k, u[k])
 
 
 @compiled
 def _mix_forward(x, weight, bias, scales, out, eps, lo, hi):  # pragma: no cover - compiled
-    bits, u = np.empty(x.shape[1:], np.uint32), np.empty(x.shape[1:], np.float32)
-    row = bits.view(np.float32)
+    u = np.empty(x.shape[1:], np.float32)
     for b in range(lo, hi):
+        _mixed(x[b], u)
         for t in range(x.shape[1]):
-            widen(x[b, t], bits[t])
-        _mixed(row, u)
-        for t in range(x.shape[1]):
-            scales[b, t] = _normalise(u[t], weight, bias, eps, row[t])
-            narrow(bits[t], out[b, t])
+            scales[b, t] = _normalise(u[t], weight, bias, eps, out[b, t])
 
 
 @compiled
 def _mix_backward(x, weight, scales, gradient, dx, sums, lo, hi):  # pragma: no cover - compiled
-    bits, u = np.empty(x.shape[1:], np.uint32), np.empty(x.shape[1:], np.float32)
-    slope = np.empty(x.shape[2], np.uint32)
-    row = bits.view(np.float32)
+    u, row = np.empty(x.shape[1:], np.float32), np.empty(x.shape[1:], np.float32)
     for b in range(lo, hi):
+        _mixed(x[b], u)
         for t in range(x.shape[1]):
-            widen(x[b, t], bits[t])
-        _mixed(row, u)
-        for t in range(x.shape[1]):
-            widen(gradient[b, t], slope)
-            _slope(u[t], weight, scales[b, t], slope.view(np.float32), sums)
+            _slope(u[t], weight, scales[b, t], gradient[b, t], sums[0], sums[1])
         _mixed(u, row)  # its own transpose, and so is the sum
         for t in range(x.shape[1]):
-            narrow(bits[t], dx[b, t])
-
-
-@compiled
-def _summed(y, x, bits, other):  # pragma: no cover - compiled
-    """float32 of y + x [D], whose bits are `bits`."""
-    widen(y, bits)
-    widen(x, other)
-    u, v = bits.view(np.float32), other.view(np.float32)
-    for k in range(len(y)):
-        u[k] += v[k]
-    return u
+            _written(row[t], dx[b, t])
 
 
 @compiled
 def _add_forward(y, x, weight, bias, scales, out, eps, lo, hi):  # pragma: no cover - compiled
-    bits, other = np.empty(x.shape[2], np.uint32), np.empty(x.shape[2], np.uint32)
+    u = np.empty(x.shape[2], np.float32)
     for b in range(lo, hi):
         for t in range(x.shape[1]):
-            u = _summed(y[t, b], x[b, t], bits, other)
-            scales[b, t] = _normalise(u, weight, bias, eps, u)
-            narrow(bits, out[b, t])
+            _added(y[t, b], x[b, t], u)
+            scales[b, t] = _normalise(u, weight, bias, eps, out[b, t])
 
 
 @compiled
 def _add_backward(y, x, weight, scales, gradient, dy, dx, sums, lo, hi):  # pragma: no cover - compiled
-    bits, other = np.empty(x.shape[2], np.uint32), np.empty(x.shape[2], np.uint32)
+    u = np.empty(x.shape[2], np.float32)
     for b in range(lo, hi):
         for t in range(x.shape[1]):
-            u = _summed(y[t, b], x[b, t], bits, other)
-            widen(gradient[b, t], other)
-            _slope(u, weight, scales[b, t], other.view(np.float32), sums)
-            narrow(bits, dx[b, t])
-            narrow(bits, dy[t, b])
+            _added(y[t, b], x[b, t], u)
+            _slope(u, weight, scales[b, t], gradient[b, t], sums[0], sums[1])
+            _written(u, dx[b, t])
+            _written(u, dy[t, b])

@@ -6,7 +6,7 @@ k touched rows   d width of a table
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from scalerec.config import Config
+from scalerec.hardware import in_huge_pages
 from scalerec.models.base import Model
 from scalerec.ops.row_step import row_adagrad, row_adamw
 from scalerec.training.dense_optim import AdamW, RMSprop
@@ -99,7 +100,7 @@ class _RowOptimizer(torch.optim.Optimizer, ABC):
 
     def per_row(self, parameter: Tensor, device: torch.device) -> Tensor:
         """Zeros for squares of gradients: as wide as the table, or one for each row."""
-        return torch.zeros(parameter.shape[0], 1 if self.rowwise else parameter.shape[1], device=device)
+        return _zeros((parameter.shape[0], 1 if self.rowwise else parameter.shape[1]), device)
 
     @abstractmethod
     def update(self, parameter: nn.Parameter, state: dict[str, Tensor], options: dict[str, Any]) -> None:
@@ -120,6 +121,10 @@ class _RowOptimizer(torch.optim.Optimizer, ABC):
         for index, parameter in enumerate(self._parameters()):
             for key, value in state[parameter].items():
                 value.copy_(state_dict["state"][index][key])
+
+
+def _zeros(shape: Sequence[int], device: torch.device) -> Tensor:
+    return in_huge_pages(torch.empty(*shape, device=device)).zero_()
 
 
 class RowAdagrad(_RowOptimizer):
@@ -161,7 +166,7 @@ class RowAdamW(_RowOptimizer):
 
     def new_state(self, parameter: Tensor, device: torch.device) -> dict[str, Tensor]:
         return {
-            "first": torch.zeros(parameter.shape, device=device),
+            "first": _zeros(parameter.shape, device),
             "second": self.per_row(parameter, device),
             "steps": torch.zeros(parameter.shape[0], 1, dtype=torch.int32, device=device),
         }
