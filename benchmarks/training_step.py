@@ -39,12 +39,14 @@ from benchmarks.machine import describe_machine, has_bf16_units, options, refuse
 from benchmarks.turns import by_threads, endings, in_turn, spread
 from scalerec.batch import Batch
 from scalerec.data.sources.synthetic import Synthetic
+from scalerec.layers import sequence
 from scalerec.losses import total
 from scalerec.models import rankmixer
 from scalerec.models.base import ModelConfig
 from scalerec.models.dcnv2 import DCNv2Config
 from scalerec.models.dlrm_mlp import DLRMMLPConfig
 from scalerec.models.rankmixer import RankMixerConfig
+from scalerec.ops.din import din_reference
 from scalerec.ops.per_token_ffn import per_token_ffn_reference
 from scalerec.training.log import Log
 from scalerec.training.run import Run, TrainingConfig
@@ -137,8 +139,9 @@ class Case:
         self.training.step(self.batch)
 
     def products(self, call: Callable[[], Any]) -> Counter[Product]:
-        # The plain twin: our own way runs its products on threads that are not watched, and on what is in the cache.
-        with mock.patch.object(rankmixer, "per_token_ffn", per_token_ffn_reference), Watch() as watch:
+        # The plain twins: our own ways run their products on threads that are not watched, and on what is in the cache.
+        plain = mock.patch.object(rankmixer, "per_token_ffn", per_token_ffn_reference)
+        with plain, mock.patch.object(sequence, "din", din_reference), Watch() as watch:
             call()
         return watch.seen
 

@@ -27,11 +27,13 @@ from scalerec.config import component
 from scalerec.errors import InputError
 from scalerec.features.layout import Layout
 from scalerec.inference.export import dense_inputs, export_dense
+from scalerec.layers import sequence
 from scalerec.layers.embedding import Embedded
 from scalerec.losses import total
 from scalerec.models import hstu
 from scalerec.models.base import Model, ModelConfig
 from scalerec.models.sequential import SequentialModel
+from scalerec.ops.din import din, din_reference
 from scalerec.ops.hstu_attention import hstu_attention
 from scalerec.training.optim import OptimizerConfig
 from tests.contract.world import World, other_items, without_pasts
@@ -68,8 +70,9 @@ class Maker:
         return model
 
 
-class AttentionCounted:
-    """Counts the point-wise attention of HSTU as a kernel, by the pairs that see each other, not by its blocks."""
+class KernelsCounted:
+    """Counts the point-wise attention of HSTU by the pairs that see each other, not by its blocks; DIN in plain torch,
+    which is seen to do all its products."""
 
     def __init__(self) -> None:
         self.flops = 0
@@ -84,9 +87,11 @@ class AttentionCounted:
                 return hstu_attention(q, k, v, offsets, **options)
 
         hstu.hstu_attention = counted  # type: ignore[assignment]
+        sequence.din = din_reference
 
     def __exit__(self, *_: object) -> None:
         hstu.hstu_attention = hstu_attention
+        sequence.din = din
 
 
 Check = Callable[[Maker, World], None]
@@ -343,7 +348,7 @@ def check_flops(make: Maker, world: World) -> None:
     for config in (make.config, *variations(make)):
         model = make(config=config)
         for batch in some if config is make.config else some[:1]:
-            kernel = AttentionCounted()
+            kernel = KernelsCounted()
             with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter, kernel, torch.no_grad():
                 model(batch)
             counted, said = counter.get_total_flops() + kernel.flops, model.flops(batch)

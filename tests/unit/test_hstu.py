@@ -18,7 +18,7 @@ from scalerec.models.hstu import HSTUConfig
 from scalerec.models.sasrec import SASRecConfig
 from scalerec.models.two_tower import TwoTowerConfig
 from scalerec.ops.candidate_attention import candidate_attention, candidate_attention_reference
-from tests.contract.contract import AttentionCounted
+from tests.contract.contract import KernelsCounted
 from tests.unit.sequences import RESEARCH, alone, awake, batch, changed_event, jagged, layout, state_of
 
 VARIANTS = [
@@ -305,7 +305,7 @@ def test_flops_are_those_of_a_training_step(options: dict):
     whole = batch([9, 5, 0, 7], context=True, slow=[2, 0, 1, 3], new=[4, 5, 0, 2])
     for head in ("mlp", "product"):
         model = awake(HSTUConfig(goal="ranking", head=head, **RESEARCH, **options), layout(True, True))
-        kernel = AttentionCounted()
+        kernel = KernelsCounted()
         with FlopCounterMode(display=False) as counter, kernel, torch.no_grad():
             terms = model.objective(whole)
         assert model.flops(whole) == counter.get_total_flops() + kernel.flops

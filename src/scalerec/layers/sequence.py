@@ -40,6 +40,8 @@ class DIN(nn.Module):
         """Query [B, w] and pasts of U users -> [B, w]; zero for an empty past."""
         if torch.compiler.is_compiling():  # the number of pairs depends on the data, and a graph wants fixed ranks
             return self.padded(query, sequence, user_of_row)
+        if not sequence.mask.any():
+            return torch.zeros_like(query)
         w_q, w_k, w_d, w_p = self.weight
         of_keys = (sequence.values @ (w_k - w_d)).to(query.dtype)  # [U, L, first]; bf16 under autocast
         of_query = (query @ (w_q + w_d)).to(query.dtype) + self.bias

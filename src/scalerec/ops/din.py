@@ -62,8 +62,8 @@ def din_reference(
     hidden = of_keys_ULF.flatten(0, 1).index_select(0, place) + of_query_BF.index_select(0, row) + both
     hidden = nn.functional.prelu(hidden, layers.first_slope.to(hidden.dtype)) @ layers.second
     hidden = hidden + layers.second_bias.to(hidden.dtype)
-    scores = nn.functional.prelu(hidden, layers.second_slope.to(hidden.dtype)) @ layers.last + layers.last_bias
-    return torch.zeros_like(query_BW).index_add(0, row, (scores[:, None] * keys).to(query_BW.dtype))
+    scores = nn.functional.prelu(hidden, layers.second_slope.to(hidden.dtype)) @ layers.last[:, None] + layers.last_bias
+    return torch.zeros_like(query_BW).index_add(0, row, (scores * keys).to(query_BW.dtype))
 
 
 class _Plan(NamedTuple):
