@@ -5,12 +5,16 @@ U users   B rows   F ids a row   K numbers a row   n either of U and B
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from scalerec.features.compiled import copy_lists
 
 PADDING, UNKNOWN, MISSING, FIRST_ID = 0, 1, 2, 3  # row ids with the same meaning in every table
 
@@ -39,6 +43,11 @@ class Jagged:
         lengths = self.offsets[1:][index] - starts
         offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         total = int(offsets[-1])
+        if type(self.values) is Tensor and self.values.device.type == "cpu" and not self.values.requires_grad:
+            out = self.values.new_empty(total, *self.values.shape[1:])
+            width = math.prod(self.values.shape[1:])
+            copy_lists(_flat(self.values), starts.numpy(), offsets.numpy(), width, _flat(out))
+            return Jagged(out, offsets)
         shift = starts - offsets[:-1]
         position = torch.arange(total, device=index.device) + torch.repeat_interleave(shift, lengths, output_size=total)
         return Jagged(self.values[position], offsets)
@@ -171,6 +180,12 @@ class Batch:
 
         tensors = {name: move(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, user=self.user.map(move), items=self.items.map(move), **tensors)
+
+
+def _flat(values: Tensor) -> np.ndarray:
+    """The bits of all numbers, unsigned."""
+    array = values.contiguous().numpy().reshape(-1)
+    return array.view(f"u{array.itemsize}")
 
 
 def _cat(parts: Sequence[Tensor | None]) -> Tensor | None:
