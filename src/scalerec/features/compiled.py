@@ -49,6 +49,22 @@ def _slot(value, bits):  # pragma: no cover - compiled
 
 
 @_compiled
+def buckets(values, edges, shift, missing):  # pragma: no cover - compiled
+    """`shift` + how many of `edges`, ascending, lie below each of `values` [n], or `missing` for NaN."""
+    found = np.empty(len(values), np.int64)
+    for i in range(len(values)):
+        value, below, left = values[i], 0, len(edges)
+        while left > 1:  # a search without branches, which nobody could foresee
+            half = left >> 1
+            below += half * (edges[below + half - 1] < value)
+            left -= half
+        if left and edges[below] < value:
+            below += 1
+        found[i] = missing if np.isnan(value) else shift + below
+    return found
+
+
+@_compiled
 def fold_columns(codes, values):  # pragma: no cover - compiled
     """Mix the bits of `values` [U, k] (unsigned) into `codes` [U] uint64, in place."""
     for i in range(len(codes)):

@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 
 from scalerec.batch import FIRST_ID, MISSING
 from scalerec.errors import InputError
+from scalerec.features.compiled import buckets
 from scalerec.schema import Frozen, Numeric
 
 _SAMPLE = 200_000  # values kept for the quantiles, a uniform sample of all
@@ -103,8 +104,7 @@ def bucket(values: np.ndarray, fit: NumericFit) -> np.ndarray:
 
     In single precision, so that a number from a float32 file and the same in a float64 request share a bucket.
     """
-    ids = np.searchsorted(np.asarray(fit.edges, np.float32), _single(values), side="left") + FIRST_ID
-    return np.where(np.isnan(values), MISSING, ids)
+    return buckets(_single(values), np.asarray(fit.edges, np.float32), FIRST_ID, MISSING)
 
 
 def _single(values: np.ndarray) -> np.ndarray:

@@ -80,7 +80,8 @@ class Vocabulary:
 
     def grown(self, values: pa.Array) -> Vocabulary:
         """With new values appended in the given order; ids of old values stay."""
-        new = [value for value in values.to_pylist() if value not in set(self.values.to_pylist())]
+        known = set(self.values.to_pylist())
+        new = [value for value in values.to_pylist() if value not in known]
         return Vocabulary(pa.concat_arrays([self.values, pa.array(new, self.values.type)]))
 
 
