@@ -14,7 +14,8 @@ The same for all: the columns of ids (KuaiRand: numbers in their buckets, withou
 crosses beside an MLP of 256 and 128, one task, batches of 1,024 shuffled rows, Adam with a rate of 1e-3, threads. The
 others' loaders get as many processes as is quickest. Not the same: theirs is Adam over whole tables and ours over the
 rows of a step (`--training.optimizer.embedding adamw`), which is what each has, and its rate for tables is ten times as
-high, since the other goes on moving a row for some thirty steps after each that saw it; torch-rechub's MLP has batch
+high (chosen of four on validation rows; the others keep 1e-3), since Adam over whole tables goes on moving a row for
+some thirty steps after each that saw it; torch-rechub's MLP has batch
 normalisation, which cannot be turned off; each starts as it does by itself.
 
 `auc_difference_*`: AUC of ours less that of the better of the two after that epoch, with its 95 % interval over users.

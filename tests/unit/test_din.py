@@ -84,3 +84,33 @@ def test_the_layer_under_autocast(enabled):
     torch.testing.assert_close(found, expected, atol=0.05 if enabled else 1e-5, rtol=0.05 if enabled else 1e-5)
     found.sum().backward()
     assert query.grad is not None and query.grad[0].any() and not query.grad[2].any()
+
+
+def test_the_layer_in_inference_mode_on_two_threads(monkeypatch):
+    monkeypatch.setattr(ops, "ALONE", 4)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.manual_seed(0)
+        layer, mask = DIN(8, (16, 4)), torch.ones(3, 5, dtype=torch.bool)
+        with torch.inference_mode():
+            past, query = EmbeddedSequence(torch.randn(3, 5, 8), mask), torch.randn(4, 8)
+            rows = torch.tensor([0, 2, 1, 2])
+            torch.testing.assert_close(layer(query, past, rows), layer.padded(query, past, rows))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_row_of_nobody_is_refused():
+    layer, past = DIN(8, (16, 4)), EmbeddedSequence(torch.randn(3, 5, 8), torch.ones(3, 5, dtype=torch.bool))
+    with pytest.raises(IndexError, match="not there"):
+        layer(torch.randn(1, 8), past, torch.tensor([60]))
+
+
+def test_what_comes_out_may_be_changed_and_keys_may_lie_anyhow():
+    given, layers = drawn([3, 3], [0, 1], (4, 6, 4), seed=0)
+    keys = given[2].transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    out = din(given[0], given[1], keys, *given[3:], layers)  # type: ignore[arg-type]
+    out += 1
+    out.sum().backward()
+    assert keys.grad is not None and keys.grad.shape == keys.shape

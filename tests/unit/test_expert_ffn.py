@@ -129,7 +129,8 @@ def test_a_layer_learns_the_same_whether_it_skips_or_masks(options, shared):
         torch.testing.assert_close(part, expected)
 
 
-def test_a_training_step_skips_closed_experts():
+def test_a_training_step_skips_closed_experts(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # products on other threads are not counted
     layer = ExpertFFN(2, 4, 24, ExpertsConfig(count=4, routing="top_k", dtsi="off", active=0.25))
     counted = []
     for layer.break_even in (2, 0):

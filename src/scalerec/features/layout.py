@@ -54,13 +54,13 @@ class SideLayout:
         self.sequences = [f for f in features if f.kind == "sequence"]
         self.flat = [f for f in features if f.kind != "sequence"]  # order of the concatenated input
         self.flat_width = sum(f.width for f in self.flat)
-        self.runs: list[list[FeatureLayout]] = []  # of `flat`: ids of one width that stand side by side, else one alone
+        self.stretches: list[list[FeatureLayout]] = []  # of `flat`: ids of one width side by side, others one by one
         for f in self.flat:
-            before = self.runs[-1][-1] if self.runs else None
+            before = self.stretches[-1][-1] if self.stretches else None
             if before and before.kind == f.kind == "id" and before.width == f.width:
-                self.runs[-1].append(f)
+                self.stretches[-1].append(f)
             else:
-                self.runs.append([f])
+                self.stretches.append([f])
 
 
 class Layout(Frozen):

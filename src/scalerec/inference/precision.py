@@ -288,7 +288,7 @@ class TableCollection8(EmbeddingCollection):
     def __init__(self, whole: EmbeddingCollection):
         nn.Module.__init__(self)
         self.layout, self.std, self.place, self.widths = whole.layout, whole.std, whole.place, whole.widths
-        self.linear = whole.linear
+        self.linear, self.first_rows = whole.linear, {}
         for dim in self.widths:
             self.add_module(f"width_{dim}", Rows8(whole.weight(dim).detach()))
 

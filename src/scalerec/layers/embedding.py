@@ -75,6 +75,7 @@ class EmbeddingCollection(nn.Module):
         self.layout = layout
         self.std = std
         self.place: dict[str, tuple[int, int]] = {}  # table -> (width, first row)
+        self.first_rows: dict[tuple[tuple[str, ...], torch.device], Tensor] = {}  # of tables looked up side by side
         rows: dict[int, int] = {}
         for table in layout.tables:
             self.place[table.name] = (table.dim, rows.get(table.dim, 0))
@@ -119,7 +120,7 @@ class EmbeddingCollection(nn.Module):
         """What one side needs, in the order in which `assemble` takes the vectors."""
         shape = self.layout.sides[rows.side]
         found, first = [], 0
-        for run in shape.runs:
+        for run in shape.stretches:
             if run[0].kind == "id":
                 found.append(Lookup(tuple(f.tables[0] for f in run), rows.ids[:, first : first + len(run)]))
                 first += len(run)
@@ -156,13 +157,16 @@ class EmbeddingCollection(nn.Module):
         first = [self.place[table][1] for table in lookup.tables]
         if len(first) == 1:
             return (lookup.ids + first[0]).flatten()
-        return (lookup.ids + torch.tensor(first, device=lookup.ids.device)).flatten()
+        key = lookup.tables, lookup.ids.device  # kept: to an accelerator they are a copy that is waited for
+        if key not in self.first_rows:
+            self.first_rows[key] = torch.tensor(first, device=lookup.ids.device)
+        return (lookup.ids + self.first_rows[key]).flatten()
 
     def assemble(self, rows: Rows, vectors: Iterator[Tensor]) -> Embedded:
         """Vectors of one side's lookups -> its Embedded: sequences padded, columns in the layout's order."""
         shape = self.layout.sides[rows.side]
         numbers = iter(self.linear[rows.side](rows.numbers) if shape.numbers else ())
-        flat = [next(numbers if run[0].kind == "number" else vectors) for run in shape.runs]
+        flat = [next(numbers if run[0].kind == "number" else vectors) for run in shape.stretches]
         sequences = {}
         for feature in shape.sequences:
             jagged = rows.lists[feature.name]

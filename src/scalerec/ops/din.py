@@ -9,6 +9,7 @@ P pairs of a row and a real event of its user
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -45,7 +46,9 @@ def din(
     plain = all(type(part) in (Tensor, nn.Parameter) and part.device.type == "cpu" for part in given)
     if not plain or any(part.is_floating_point() and part.dtype != torch.float32 for part in given):
         return din_reference(query_BW, of_query_BF, keys_ULW, of_keys_ULF, mask_UL, user_of_row, layers)
-    return _Din.apply(*given)
+    if torch.is_grad_enabled() and any(part.requires_grad for part in given):
+        return _Din.apply(*given)
+    return _attended(given, learns=False)[0]
 
 
 def din_reference(
@@ -90,44 +93,45 @@ def _planned(mask_UL: Tensor, user_of_row: Tensor, apart: bool) -> _Plan:
     return _Plan(rows, places, pieces)
 
 
+def _attended(given: Sequence[Tensor], learns: bool) -> tuple[Tensor, _Plan, np.ndarray, Tensor, Tensor]:
+    """What comes out, [B, w]; the pairs and their scores; if it learns, both layers before PReLU, [P, F] and [P, S]."""
+    query, of_query, keys, of_keys, mask, user_of_row = given[:6]
+    weights = Layers(*(part.detach() for part in given[6:]))
+    plan = _planned(mask, user_of_row, learns)
+    (width, first), second, total = weights.of_both.shape, len(weights.last), len(plan.rows)
+    queries, of_queries = query.detach().numpy(), of_query.detach().numpy()
+    past, of_past = keys.detach().flatten(0, 1).numpy(), of_keys.detach().flatten(0, 1).numpy()
+    second_layer = weights.second_bias.numpy(), weights.second_slope.numpy(), weights.last.numpy()
+    last_bias = np.float32(weights.last_bias.item())
+    z1, z2 = (torch.empty(total if learns else 0, size) for size in (first, second))
+    scores = np.empty(total, np.float32)
+    outs = [torch.zeros(query.shape) for _ in plan.pieces]  # a row whose pairs two threads share is added up afterwards
+
+    def task(thread: int) -> None:
+        with torch.no_grad():
+            for low, high in plan.pieces[thread]:
+                pair = plan.rows[low:high], plan.places[low:high]
+                both = scratch("din both", torch.float32, high - low, width)
+                h = scratch("din h", torch.float32, high - low, first)
+                to_1 = z1[low:high] if learns else scratch("din z1", torch.float32, high - low, first)
+                to_2 = z2[low:high] if learns else scratch("din z2", torch.float32, high - low, second)
+                _products(queries, past, *pair, both.numpy())
+                torch.mm(both, weights.of_both, out=to_1)
+                _first_layer(to_1.numpy(), of_past, of_queries, *pair, weights.first_slope.numpy(), h.numpy())
+                torch.mm(h, weights.second, out=to_2)
+                out = outs[thread].numpy()
+                _score(to_2.numpy(), *second_layer, last_bias, past, *pair, scores[low:high], out)
+
+    in_threads(task, len(plan.pieces))
+    return sum(outs[1:], outs[0]), plan, scores, z1, z2
+
+
 class _Din(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, of_query: Tensor, keys: Tensor, of_keys: Tensor, mask: Tensor, user_of_row: Tensor,
-        *layers: Tensor,
-    ) -> Tensor:  # fmt: skip
-        learns = any(ctx.needs_input_grad)
-        plan = _planned(mask, user_of_row, learns)
-        weights = Layers(*layers)
-        (width, first), second, total = weights.of_both.shape, len(weights.last), len(plan.rows)
-        arrays = [part.detach().numpy() for part in (query, of_query, keys.flatten(0, 1), of_keys.flatten(0, 1))]
-        slopes = [part.detach().numpy() for part in (weights.first_slope, weights.second_bias, weights.second_slope)]
-        last, last_bias = weights.last.detach().numpy(), np.float32(weights.last_bias.item())
-        z1, z2 = (torch.empty(total if learns else 0, size) for size in (first, second))
-        scores = np.empty(total, np.float32)
-        outs = torch.zeros(len(plan.pieces), *query.shape)  # a row whose pairs two threads share is added up afterwards
-
-        def task(thread: int) -> None:
-            out = outs[thread].numpy()
-            with torch.no_grad():
-                for low, high in plan.pieces[thread]:
-                    pair = plan.rows[low:high], plan.places[low:high]
-                    both, h = (scratch(f"din {name}", torch.float32, high - low, size)
-                               for name, size in (("both", width), ("h", first)))  # fmt: skip
-                    to_1, to_2 = (
-                        z[low:high] if learns else scratch(f"din {name}", torch.float32, high - low, size)
-                        for z, name, size in ((z1, "z1", first), (z2, "z2", second))
-                    )
-                    _products(arrays[0], arrays[2], *pair, both.numpy())
-                    torch.mm(both, weights.of_both, out=to_1)
-                    _first_layer(to_1.numpy(), arrays[3], arrays[1], *pair, slopes[0], h.numpy())
-                    torch.mm(h, weights.second, out=to_2)
-                    _score(to_2.numpy(), *slopes[1:], last, last_bias, arrays[2], *pair, scores[low:high], out)
-
-        in_threads(task, len(plan.pieces))
-        ctx.plan, ctx.scores = plan, scores
-        ctx.save_for_backward(query, of_query, keys, of_keys, *layers, z1, z2)
-        return outs.sum(0) if len(outs) > 1 else outs[0]
+    def forward(ctx: Any, *given: Tensor) -> Tensor:
+        out, ctx.plan, ctx.scores, z1, z2 = _attended(given, learns=True)
+        ctx.save_for_backward(*given[:4], *given[6:], z1, z2)
+        return out
 
     @staticmethod
     @once_differentiable
@@ -136,10 +140,12 @@ class _Din(torch.autograd.Function):
         plan, scores, weights = ctx.plan, ctx.scores, Layers(*layers)
         (width, first), second = weights.of_both.shape, len(weights.last)
         dout = gradients[0].contiguous().numpy()
-        found = [torch.zeros_like(part) for part in (query, of_query, keys, of_keys)]
+        found = [torch.zeros(part.shape) for part in (query, of_query, keys, of_keys)]
         dquery, dof_query, dkeys, dof_keys = (part.view(-1, part.shape[-1]).numpy() for part in found)
         queries, past = (part.detach().reshape(-1, width).numpy() for part in (query, keys))
-        slopes = [part.detach().numpy() for part in (weights.first_slope, weights.second_slope, weights.last)]
+        first_slope, second_slope, last = (
+            part.detach().numpy() for part in (weights.first_slope, weights.second_slope, weights.last)
+        )
         sums = [Layers(*(torch.zeros_like(part) for part in layers)) for _ in plan.pieces]
 
         def task(thread: int) -> None:
@@ -148,39 +154,17 @@ class _Din(torch.autograd.Function):
             with torch.no_grad():
                 for low, high in plan.pieces[thread]:
                     pair = plan.rows[low:high], plan.places[low:high]
+                    sizes = {"both": width, "dboth": width, "h": first, "dh": first, "z2": second}
                     both, dboth, h, dh, dz2 = (
-                        scratch(f"din {name}", torch.float32, high - low, size)
-                        for name, size in (
-                            ("both", width),
-                            ("dboth", width),
-                            ("h", first),
-                            ("dh", first),
-                            ("z2", second),
-                        )
+                        scratch(f"din {name}", torch.float32, high - low, size) for name, size in sizes.items()
                     )
-                    _score_back(
-                        dout,
-                        z2[low:high].numpy(),
-                        *slopes[1:],
-                        past,
-                        *pair,
-                        scores[low:high],
-                        dz2.numpy(),
-                        dkeys,
-                        *small,
-                    )
-                    _prelu(z1[low:high].numpy(), slopes[0], h.numpy())
+                    at, score = z2[low:high].numpy(), scores[low:high]
+                    _score_back(dout, at, second_slope, last, past, *pair, score, dz2.numpy(), dkeys, *small)
+                    at = z1[low:high].numpy()
+                    _prelu(at, first_slope, h.numpy())
                     mine.second.addmm_(h.t(), dz2)
                     torch.mm(dz2, weights.second.t(), out=dh)
-                    _first_layer_back(
-                        z1[low:high].numpy(),
-                        dh.numpy(),
-                        slopes[0],
-                        *pair,
-                        dof_query,
-                        dof_keys,
-                        mine.first_slope.numpy(),
-                    )
+                    _first_layer_back(at, dh.numpy(), first_slope, *pair, dof_query, dof_keys, mine.first_slope.numpy())
                     _products(queries, past, *pair, both.numpy())
                     mine.of_both.addmm_(both.t(), dh)
                     torch.mm(dh, weights.of_both.t(), out=dboth)
@@ -201,6 +185,8 @@ def _pairs(mask_UL, users, order):  # pragma: no cover - compiled
             counts[u] += mask_UL[u, j]
     total = np.int64(0)
     for b in range(len(users)):
+        if users[b] < 0 or users[b] >= height:
+            raise IndexError("a row is of a user who is not there")
         total += counts[users[b]]
     rows, places = np.empty(total, np.int64), np.empty(total, np.int64)
     starts = np.empty(len(users) + 1, np.int64)

@@ -25,7 +25,7 @@ BREAK_EVEN = 1.0  # share of open gates of a token above which it is computed wh
 SMALLEST = 20_000  # D F (B / 20 + 1) below which an expert takes less time than finding out who wants it: about 20 us
 
 # Open gates by token and expert, [T, E]; their rows and gates [T, B E], those of an expert together.
-_Plan: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray]
+_OpenGates: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def masked_experts(
@@ -63,13 +63,14 @@ def sparse_experts(
     """
     x_TBD, gates_TBE = x_TBD.to(up_TEDF.dtype), gates_TBE.to(up_TEDF.dtype)
     parts = x_TBD, gates_TBE, up_TEDF, up_bias_TEF, down_TEFD, down_bias_TED
-    if x_TBD.device.type != "cpu" or x_TBD.dtype not in (torch.float32, torch.float64):
+    bf16 = torch.is_autocast_enabled("cpu") or x_TBD.dtype not in (torch.float32, torch.float64)
+    if bf16 or x_TBD.device.type != "cpu":
         return masked_experts(*parts)  # on an accelerator many small products would wait for each other
     if break_even <= 1 and x_TBD.shape[2] * up_TEDF.shape[3] * (x_TBD.shape[1] / 20 + 1) < SMALLEST:
         return masked_experts(*parts)
     if not (torch.is_grad_enabled() and any(part.requires_grad for part in parts)):
         return _skipping(*parts, break_even)[0]
-    if torch.is_autocast_enabled("cpu") or any(type(part) not in (Tensor, nn.Parameter) for part in parts):
+    if any(type(part) not in (Tensor, nn.Parameter) for part in parts):
         return masked_experts(*parts)
     return _SparseExperts.apply(*parts)
 
@@ -78,13 +79,13 @@ def sparse_experts(
 def _skipping(
     x_TBD: Tensor, gates_TBE: Tensor, up_TEDF: Tensor, up_bias_TEF: Tensor, down_TEFD: Tensor, down_bias_TED: Tensor,
     break_even: float = 2.0, keep: bool = False,
-) -> tuple[Tensor, _Plan, list[Tensor]]:  # fmt: skip
+) -> tuple[Tensor, _OpenGates, list[Tensor]]:  # fmt: skip
     """What comes out, [T, B, D]; the open gates; for each token, if kept, its experts' z [open, F] before GELU."""
     parts = x_TBD, gates_TBE, up_TEDF, up_bias_TEF, down_TEFD, down_bias_TED
     tokens, rows, dim = x_TBD.shape
     out_TBD = x_TBD.new_empty(tokens, rows, dim)
     x, gates, out = (part.detach().numpy() for part in (x_TBD, gates_TBE.contiguous(), out_TBD))
-    plan = counts, order, weights = _plan(gates)
+    opens = counts, order, weights = _open_gates(gates)
     opened = counts.sum(1).tolist()
     kept: dict[int, Tensor] = {}
     most = break_even * gates.shape[2] * rows
@@ -105,7 +106,7 @@ def _skipping(
         _scatter(given, order[t], weights[t], counts[t], down_bias_TED[t].detach().numpy(), out[t])
 
     _by_token(token, tokens)
-    return out_TBD, plan, [kept[t] for t in range(tokens)] if keep else []
+    return out_TBD, opens, [kept[t] for t in range(tokens)] if keep else []
 
 
 def _by_token(task: Callable[[int], None], tokens: int) -> None:
@@ -151,7 +152,9 @@ class _SparseExperts(torch.autograd.Function):
         ctx: Any, x_TBD: Tensor, gates_TBE: Tensor, up_TEDF: Tensor, up_bias_TEF: Tensor, down_TEFD: Tensor,
         down_bias_TED: Tensor,
     ) -> Tensor:  # fmt: skip
-        out_TBD, ctx.plan, kept = _skipping(x_TBD, gates_TBE, up_TEDF, up_bias_TEF, down_TEFD, down_bias_TED, keep=True)
+        out_TBD, ctx.opens, kept = _skipping(
+            x_TBD, gates_TBE, up_TEDF, up_bias_TEF, down_TEFD, down_bias_TED, keep=True
+        )
         ctx.save_for_backward(x_TBD, gates_TBE, up_TEDF, up_bias_TEF, down_TEFD, down_bias_TED, *kept)
         return out_TBD
 
@@ -159,7 +162,7 @@ class _SparseExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         x_TBD, _, up_TEDF, _, down_TEFD, down_bias_TED, *kept = ctx.saved_tensors
-        counts, order, weights = ctx.plan
+        counts, order, weights = ctx.opens
         tokens, _, dim = x_TBD.shape
         found = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in ctx.saved_tensors[:6]]
         dx_TBD, dgates_TBE, dup_TEDF, dup_bias_TEF, ddown_TEFD, ddown_bias_TED = found
@@ -218,7 +221,7 @@ def sparse_experts_reference(
 
 
 @njit(nogil=True, cache=True)
-def _plan(gates_TBE):  # pragma: no cover - compiled
+def _open_gates(gates_TBE):  # pragma: no cover - compiled
     """Open gates by token and expert: counts [T, E]; rows and gates [T, B E], those of an expert together."""
     tokens, rows, experts = gates_TBE.shape
     counts = np.zeros((tokens, experts), np.int64)
