@@ -12,9 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
-
-from scalerec.features.compiled import copy_lists
 
 PADDING, UNKNOWN, MISSING, FIRST_ID = 0, 1, 2, 3  # row ids with the same meaning in every table
 
@@ -48,7 +47,7 @@ class Jagged:
                 raise IndexError("a list goes beyond the values that are there")
             out = self.values.new_empty(total, *self.values.shape[1:])
             width = math.prod(self.values.shape[1:])
-            copy_lists(_flat(self.values), starts.numpy(), offsets.numpy(), width, _flat(out))
+            _copy_lists(_flat(self.values), starts.numpy(), offsets.numpy(), width, _flat(out))
             return Jagged(out, offsets)
         shift = starts - offsets[:-1]
         position = torch.arange(total, device=index.device) + torch.repeat_interleave(shift, lengths, output_size=total)
@@ -193,6 +192,15 @@ def _flat(values: Tensor) -> np.ndarray:
     """The bits of all numbers, unsigned."""
     array = values.numpy().reshape(-1)
     return array.view(f"u{array.itemsize}")
+
+
+@njit(nogil=True, cache=True)
+def _copy_lists(values, starts, offsets, width, out):  # pragma: no cover - compiled
+    """Lists of rows of `width` numbers: out[offsets[i]:offsets[i + 1]] = values[starts[i]:...], both flat."""
+    for i in range(len(starts)):
+        first, begin = starts[i] * width, offsets[i] * width
+        for k in range((offsets[i + 1] - offsets[i]) * width):
+            out[begin + k] = values[first + k]
 
 
 def _cat(parts: Sequence[Tensor | None]) -> Tensor | None:

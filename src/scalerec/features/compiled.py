@@ -86,15 +86,6 @@ def fold_lists(codes, values, offsets):  # pragma: no cover - compiled
 
 
 @_compiled
-def copy_lists(values, starts, offsets, width, out):  # pragma: no cover - compiled
-    """Lists of rows of `width` numbers: out[offsets[i]:offsets[i + 1]] = values[starts[i]:...], both flat."""
-    for i in range(len(starts)):
-        first, begin = starts[i] * width, offsets[i] * width
-        for k in range((offsets[i + 1] - offsets[i]) * width):
-            out[begin + k] = values[first + k]
-
-
-@_compiled
 def _mix(x):  # pragma: no cover - compiled
     """As `hashing.mix`."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
