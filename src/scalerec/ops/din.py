@@ -139,7 +139,7 @@ class _Din(torch.autograd.Function):
         query, of_query, keys, of_keys, *layers, z1, z2 = ctx.saved_tensors
         plan, scores, weights = ctx.plan, ctx.scores, Layers(*layers)
         (width, first), second = weights.of_both.shape, len(weights.last)
-        dout = gradients[0].contiguous().numpy()
+        upstream = gradients[0].contiguous().numpy()
         found = [torch.zeros(part.shape) for part in (query, of_query, keys, of_keys)]
         dquery, dof_query, dkeys, dof_keys = (part.view(-1, part.shape[-1]).numpy() for part in found)
         queries, past = (part.detach().reshape(-1, width).numpy() for part in (query, keys))
@@ -159,7 +159,7 @@ class _Din(torch.autograd.Function):
                         scratch(f"din {name}", torch.float32, high - low, size) for name, size in sizes.items()
                     )
                     at, score = z2[low:high].numpy(), scores[low:high]
-                    _score_back(dout, at, second_slope, last, past, *pair, score, dz2.numpy(), dkeys, *small)
+                    _score_back(upstream, at, second_slope, last, past, *pair, score, dz2.numpy(), dkeys, *small)
                     at = z1[low:high].numpy()
                     _prelu(at, first_slope, h.numpy())
                     mine.second.addmm_(h.t(), dz2)
@@ -266,10 +266,10 @@ def _score(z, bias, slope, last, last_bias, keys, rows, places, scores, out):  #
 
 @compiled
 def _score_back(
-    dout, z, slope, last, keys, rows, places, scores, dz, dkeys, dbias, dslope, dlast, dlast_bias
+    upstream, z, slope, last, keys, rows, places, scores, dz, dkeys, dbias, dslope, dlast, dlast_bias
 ):  # pragma: no cover - compiled
     for p in range(len(rows)):
-        at, k, dk, d_row, d_p = z[p], keys[places[p]], dkeys[places[p]], dout[rows[p]], dz[p]
+        at, k, dk, d_row, d_p = z[p], keys[places[p]], dkeys[places[p]], upstream[rows[p]], dz[p]
         total = np.float32(0)
         for d in range(len(k)):
             total += d_row[d] * k[d]

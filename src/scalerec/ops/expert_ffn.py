@@ -166,14 +166,14 @@ class _SparseExperts(torch.autograd.Function):
         tokens, _, dim = x_TBD.shape
         found = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in ctx.saved_tensors[:6]]
         dx_TBD, dgates_TBE, dup_TEDF, dup_bias_TEF, ddown_TEFD, ddown_bias_TED = found
-        x, dout, down_bias = (part.detach().numpy() for part in (x_TBD, gradients[0], down_bias_TED))
+        x, upstream, down_bias = (part.detach().numpy() for part in (x_TBD, gradients[0], down_bias_TED))
         dx, dgates, dup_bias, ddown_bias = (part.numpy() for part in (dx_TBD, dgates_TBE, dup_bias_TEF, ddown_bias_TED))
 
         def token(t: int) -> None:
             z, own = kept[t], counts[t]
             taken, given = (scratch(f"experts {name}", z.dtype, len(z), dim) for name in ("in", "out"))
             _gather(x[t], order[t], taken.numpy())
-            _gather(dout[t], order[t], given.numpy())
+            _gather(upstream[t], order[t], given.numpy())
             dh = grouped(given, down_TEFD[t].transpose(1, 2), own)
             h = torch.ops.aten.gelu.out(z, out=scratch("experts h", z.dtype, *z.shape))
             _through_gates(
