@@ -198,13 +198,13 @@ def sparse_experts_in_graphs(
     """`sparse_experts` as one node of an exported or compiled graph, which cannot follow loops over open gates."""
     parts = x_TBD, gates_TBE, up_TEDF, up_bias_TEF, down_TEFD, down_bias_TED
     out_TBD = sparse_experts(*parts, break_even=break_even)
-    # Compiled code takes the strides below for granted, which those of the masked form are not.
-    return out_TBD.contiguous()
+    # Code that was compiled, kept or packed with any version takes these strides for granted.
+    return out_TBD.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 @sparse_experts_in_graphs.register_fake
 def _(x_TBD: Tensor, *_: object) -> Tensor:
-    return x_TBD.new_empty(x_TBD.shape)
+    return x_TBD.new_empty(x_TBD.shape[1], x_TBD.shape[0], x_TBD.shape[2]).transpose(0, 1)
 
 
 def sparse_experts_reference(
