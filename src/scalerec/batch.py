@@ -47,7 +47,7 @@ class Jagged:
                 raise IndexError("a list goes beyond the values that are there")
             out = self.values.new_empty(total, *self.values.shape[1:])
             width = math.prod(self.values.shape[1:])
-            _copy_lists(_flat(self.values), starts.numpy(), offsets.numpy(), width, _flat(out))
+            _copy_lists(bits(self.values), starts.numpy(), offsets.numpy(), width, bits(out))
             return Jagged(out, offsets)
         shift = starts - offsets[:-1]
         position = torch.arange(total, device=index.device) + torch.repeat_interleave(shift, lengths, output_size=total)
@@ -188,9 +188,9 @@ class Batch:
         return replace(self, user=self.user.map(move), items=self.items.map(move), **tensors)
 
 
-def _flat(values: Tensor) -> np.ndarray:
-    """The bits of all numbers, unsigned."""
-    array = values.numpy().reshape(-1)
+def bits(values: Tensor) -> np.ndarray:
+    """Those of all numbers, one after the other, unsigned; the values' own memory where they lie in one piece."""
+    array = values.contiguous().numpy().reshape(-1)
     return array.view(f"u{array.itemsize}")
 
 

@@ -14,7 +14,7 @@ from scalerec.distributed.placement import EmbeddingOptimizer, Sharding, check, 
 from scalerec.distributed.ranks import rank, world
 from scalerec.errors import InputError
 from scalerec.features.layout import Table
-from scalerec.layers.embedding import EmbeddingCollection, Lookup
+from scalerec.layers.embedding import EmbeddingCollection, Lookup, beside
 from scalerec.models.base import Model
 
 try:
@@ -112,7 +112,7 @@ class ShardedEmbeddings(EmbeddingCollection):
                 for table, found in zip(home.tables, home.answer(waiting, groups)):
                     vectors |= zip(places[table.name], found)
         parts = iter(_Together.apply(*(vectors[i] for i in range(len(columns)))))
-        return [torch.cat([next(parts) for _ in lookup.tables], 1) for lookup in lookups]
+        return [beside([next(parts) for _ in lookup.tables]) for lookup in lookups]
 
     def sparse_parameters(self) -> list[nn.Parameter]:
         return []

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scalerec.batch import Batch, Rows
+from scalerec.batch import Batch, Rows, bits
 from scalerec.features.compiled import fold_columns, fold_lists
 
 
@@ -30,13 +30,12 @@ def _codes(user: Rows) -> np.ndarray:
     """A 64-bit code [U] of everything on each user's side."""
     codes = np.zeros(len(user), np.uint64)
     for columns in (user.ids, user.numbers, *([] if user.now is None else [user.now])):
-        fold_columns(codes, _bits(columns))
+        fold_columns(codes, _by_row(columns))
     for jagged in (*user.lists.values(), *user.times.values(), *user.actions.values()):
-        fold_lists(codes, _bits(jagged.values), jagged.offsets.numpy())
+        fold_lists(codes, _by_row(jagged.values), jagged.offsets.numpy())
     return codes
 
 
-def _bits(values: Tensor) -> np.ndarray:
-    """[n] or [n, k] of any kind -> its bits [n, k], unsigned."""
-    array = values.contiguous().numpy()
-    return array.view(f"u{array.itemsize}").reshape(len(array), -1 if len(array) else 0)
+def _by_row(values: Tensor) -> np.ndarray:
+    """[n] or [n, k] of any kind -> its bits [n, k]."""
+    return bits(values).reshape(len(values), -1 if len(values) else 0)

@@ -170,14 +170,14 @@ class EmbeddingCollection(nn.Module):
         sequences = {}
         for feature in shape.sequences:
             jagged = rows.lists[feature.name]
-            joined = _beside([next(vectors) for _ in self._fields(feature)])
+            joined = beside([next(vectors) for _ in self._fields(feature)])
             values, mask = type(jagged)(joined, jagged.offsets).padded()
             times, actions = (
                 kept[feature.name].padded()[0] if feature.name in kept else None for kept in (rows.times, rows.actions)
             )
             sequences[feature.name] = EmbeddedSequence(values, mask, times, actions)
         return Embedded(
-            _beside(flat) if flat else rows.ids.new_zeros(len(rows), 0, dtype=torch.float), sequences, rows.now
+            beside(flat) if flat else rows.ids.new_zeros(len(rows), 0, dtype=torch.float), sequences, rows.now
         )
 
     # One key per table, whatever lies in memory: checkpoints move between this form and sharded ones.
@@ -198,7 +198,8 @@ class EmbeddingCollection(nn.Module):
         unexpected += [key for key in state_dict if key.startswith(f"{prefix}tables.")]
 
 
-def _beside(parts: list[Tensor]) -> Tensor:
+def beside(parts: list[Tensor]) -> Tensor:
+    """Columns next to each other; one part as it is, not copied."""
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
