@@ -38,17 +38,15 @@ class Jagged:
 
     def take(self, index: Tensor) -> Jagged:
         """The lists at `index` [m], in that order."""
+        if self._copyable():
+            width = math.prod(self.values.shape[1:])
+            found, offsets = _take_lists(bits(self.values), self.offsets.numpy(), index.numpy(), width)
+            values = torch.from_numpy(found).view(self.values.dtype)
+            return Jagged(values.view(int(offsets[-1]), *self.values.shape[1:]), torch.from_numpy(offsets))
         starts = self.offsets[:-1][index]
         lengths = self.offsets[1:][index] - starts
         offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         total = int(offsets[-1])
-        if self._copyable():
-            if total and int((starts + lengths).max()) > len(self.values):
-                raise IndexError("a list goes beyond the values that are there")
-            out = self.values.new_empty(total, *self.values.shape[1:])
-            width = math.prod(self.values.shape[1:])
-            _copy_lists(bits(self.values), starts.numpy(), offsets.numpy(), width, bits(out))
-            return Jagged(out, offsets)
         shift = starts - offsets[:-1]
         position = torch.arange(total, device=index.device) + torch.repeat_interleave(shift, lengths, output_size=total)
         return Jagged(self.values[position], offsets)
@@ -93,8 +91,8 @@ class Rows:
     def take(self, index: Tensor) -> Rows:
         return Rows(
             self.side,
-            self.ids[index],
-            self.numbers[index],
+            self.ids.index_select(0, index),  # which copies row by row; [index] goes from number to number
+            self.numbers.index_select(0, index),
             {name: jagged.take(index) for name, jagged in self.lists.items()},
             {name: jagged.take(index) for name, jagged in self.times.items()},
             {name: jagged.take(index) for name, jagged in self.actions.items()},
@@ -145,16 +143,13 @@ class Batch:
 
     def take(self, index: Tensor) -> Batch:
         """The rows at `index` [m] in that order, with only the users they need, each once."""
-        present, user_of_row = torch.unique(self.user_of_row[index], return_inverse=True)
+        present, user_of_row = torch.unique(self.user_of_row.index_select(0, index), return_inverse=True)
         return Batch(
             self.user.take(present),
             self.items.take(index),
             user_of_row,
-            self.labels[index],
-            self.weights[index],
-            self.users[index],
-            self.index[index],
-            None if self.new_events is None else self.new_events[index],
+            *(getattr(self, name).index_select(0, index) for name in ("labels", "weights", "users", "index")),
+            new_events=None if self.new_events is None else self.new_events[index],
         )
 
     @staticmethod
@@ -195,12 +190,19 @@ def bits(values: Tensor) -> np.ndarray:
 
 
 @njit(nogil=True, cache=True)
-def _copy_lists(values, starts, offsets, width, out):  # pragma: no cover - compiled
-    """Lists of rows of `width` numbers: out[offsets[i]:offsets[i + 1]] = values[starts[i]:...], both flat."""
-    for i in range(len(starts)):
-        first, begin = starts[i] * width, offsets[i] * width
-        for k in range((offsets[i + 1] - offsets[i]) * width):
-            out[begin + k] = values[first + k]
+def _take_lists(values, offsets, index, width):  # pragma: no cover - compiled
+    """Lists of rows of `width` numbers, all flat: those at `index` [m], and the new offsets [m + 1] in rows."""
+    taken = np.zeros(len(index) + 1, np.int64)
+    for i in range(len(index)):
+        if not 0 <= index[i] < len(offsets) - 1 or offsets[index[i] + 1] * width > len(values):
+            raise IndexError("a list that is not there, or goes beyond the values that are")
+        taken[i + 1] = taken[i] + offsets[index[i] + 1] - offsets[index[i]]
+    found = np.empty(taken[-1] * width, values.dtype)
+    for i in range(len(index)):
+        first, begin = offsets[index[i]] * width, taken[i] * width
+        for k in range((taken[i + 1] - taken[i]) * width):
+            found[begin + k] = values[first + k]
+    return found, taken
 
 
 def _cat(parts: Sequence[Tensor | None]) -> Tensor | None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 LARGE = 32 << 20  # bytes from which on memory is worth huge pages
-TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of malloc.h
+TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8  # of malloc.h
+
+_starting = threading.Lock()
 
 
 def cores() -> int:
@@ -18,18 +22,37 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def single_threads(count: int) -> ThreadPoolExecutor:
+    """A pool of `count` threads, on each of which torch's operations stay."""
+    ready = threading.Barrier(count + 1)
+
+    def begin() -> None:
+        # Asked for its number a thread takes over the one last set by any, once: it must not do so later.
+        torch.get_num_threads()
+        torch.set_num_threads(1)  # of this thread, and of those yet to come
+        ready.wait()
+
+    with _starting:
+        pool, threads = ThreadPoolExecutor(count, "scalerec", begin), torch.get_num_threads()
+        for _ in range(count):
+            pool.submit(int)
+        ready.wait()
+        torch.set_num_threads(threads)
+    return pool
+
+
 def keep_freed_memory() -> bool:
     """Ask the C library not to hand freed memory back to the system; whether it does as asked (glibc alone can).
 
     Tensors of some megabytes are otherwise mapped and unmapped again and again: every first touch of a fresh page
-    costs a microsecond, which is up to half of a large step (docs/performance.md). The peak hardly moves, since what
-    is kept is used again.
+    costs a microsecond, which is up to half of a large step (docs/performance.md). One arena for all threads, since
+    those of threads are unmapped whatever is asked, and what one thread frees another can use: the peak falls.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return False
-    return bool(mallopt(MMAP_MAX, 0) and mallopt(TRIM_THRESHOLD, -1))
+    return bool(mallopt(MMAP_MAX, 0) and mallopt(TRIM_THRESHOLD, -1) and mallopt(ARENA_MAX, 1))
 
 
 def in_huge_pages(tensor: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import os
 import subprocess
 import sys
 import threading
@@ -237,6 +238,37 @@ def test_the_parts_make_up_the_whole(tmp_path, split):
         assert found == {"train": list(range(20)), "validation": list(range(20, 27)), "test": list(range(27, 38))}
 
 
+@pytest.mark.parametrize("kind", [pa.int64(), pa.float32(), pa.timestamp("ms"), pa.timestamp("ns", "UTC"), pa.date32()])
+def test_row_groups_of_other_parts_are_not_read(tmp_path, monkeypatch, kind):
+    """Where the file says between which times its rows lie."""
+    day = 1 if pa.types.is_integer(kind) or pa.types.is_floating(kind) else datetime.timedelta(days=1)
+    begin = 0 if day == 1 else datetime.datetime(2024, 1, 1)
+    times = pa.array([begin + day * n for n in range(40)], pa.timestamp("us") if begin else pa.int64()).cast(kind)
+    pq.write_table(pa.table({"time": times, "other": pa.array([[n] for n in range(40)])}), tmp_path / "log", 10)
+    rows = ParquetRows([tmp_path / "log"], TimeSplit(column="time", validation=begin + day * 20, test=begin + day * 35))
+    assert [group.part for group in rows.row_groups] == ["train", "train", "validation", ""]
+    read: list[int] = []
+    monkeypatch.setattr(ParquetRows, "_read", lambda self, group, *_: read.append(group.number) or iter(()))
+    for part, groups in (("train", [0, 1, 3]), ("validation", [2, 3]), ("test", [3])):
+        read.clear()
+        assert list(rows.pieces(part)) == [] and read == groups
+
+
+def test_row_groups_of_unknown_times_are_read(tmp_path):
+    """No statistics, a null among them, nanoseconds that Python has no time for, a column that is no time."""
+    split = TimeSplit(column="time", validation=10, test=20)
+    columns = {
+        "null": pa.array([1, None]), "odd": pa.array([1, 10**18 + 1]).cast(pa.timestamp("ns")),
+        "text": pa.array(["a", "b"]), "lists": pa.array([[1], [2]]), "late": pa.array([9, 10]),
+    }  # fmt: skip
+    for name, column in columns.items():
+        pq.write_table(pa.table({"time": column}), tmp_path / name)
+        assert [group.part for group in ParquetRows([tmp_path / name], split).row_groups] == [""]
+    pq.write_table(pa.table({"time": [1, 2]}), tmp_path / "bare", write_statistics=False)
+    rows = ParquetRows([tmp_path / "bare"], split)
+    assert rows.row_groups[0].part == "" and numbers(rows.pieces("train")) == [0, 1]
+
+
 def test_a_random_split_does_not_depend_on_row_groups(tmp_path):
     found = []
     for row_group in (3, 10, 100):
@@ -404,7 +436,7 @@ def test_the_pieces_of_a_window_do_not_outlive_it(log, monkeypatch):
         return batch
 
     monkeypatch.setattr(Encoder, "encode", remembered)
-    windows = log.loader()._windows(0, 0)
+    windows = log.loader()._windows(0, 0, map)
     _, window, order = next(windows)
     assert len(pieces) > 1 and all(piece() is None for piece in pieces)
     assert len(window) == len(order) >= 20
@@ -413,6 +445,71 @@ def test_the_pieces_of_a_window_do_not_outlive_it(log, monkeypatch):
 def test_the_same_seed_gives_the_same_batches(log):
     assert epoch(log.loader()) == epoch(log.loader())
     assert epoch(log.loader(), 3) == epoch(log.loader(), 3)
+
+
+@pytest.fixture
+def torch_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_any_number_of_threads_makes_the_same_batches_and_counts(log, torch_threads):
+    """Values that the encoder does not know are counted once each, whoever met them."""
+    encoder = Encoder.fit(SCHEMA, [table(0, 3).to_batches()[0]])
+    made = []
+    for threads in (1, 2, 3, 9):
+        torch.set_num_threads(threads)
+        loader = log.loader(batch_size=5)
+        loader.encoder = encoder
+        batches = [(b.index.tolist(), b.user.ids[b.user_of_row].tolist(), b.items.ids.tolist()) for b in loader]
+        made.append((batches, loader.counts))
+    assert all(one == made[0] for one in made)
+    assert made[0][1] == {"rows": 57, "user: not in the vocabulary, read as unknown": 57 - 25}
+
+
+THREADS = """
+import os, sys, tempfile, threading
+from pathlib import Path
+import numpy as np, pyarrow as pa, pyarrow.parquet as pq, torch
+from scalerec.data.loader import Loader
+from scalerec.data.reader import ParquetRows
+from scalerec.data.split import NoSplit
+from scalerec.features.encoder import Encoder
+from scalerec.schema import Categorical, Group, Schema
+
+def foreign():
+    return len(os.listdir("/proc/self/task")) - threading.active_count()
+
+pa.set_cpu_count(1), pa.set_io_thread_count(1)
+torch.set_num_threads(3)
+features = tuple(Categorical(name=f"x{i}", column="x") for i in range(4))
+schema = Schema(groups=(Group(name="g", side="user", features=features),), tasks=(), user="x")
+with tempfile.TemporaryDirectory() as folder:
+    pq.write_table(pa.table({"x": np.arange(300_000)}), f"{folder}/x.parquet", row_group_size=50_000)
+    rows = ParquetRows([Path(folder) / "x.parquet"], NoSplit())
+    encoder = Encoder.fit(schema, rows.batches("train"))
+    loader = Loader(rows, encoder, "train", 50_000, seed=0, window_rows=100_000)
+    found = {foreign()} | {foreign() for _ in loader}
+    torch.ones(1_000_000).add(1)
+    print(len(found), foreign() > max(found))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads as Linux does")
+def test_reading_shares_nothing_out_among_threads_of_torch():
+    """OpenMP counts them: with more than there are cores those of a training would sleep between operations."""
+    variables = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, env=variables)
+    assert done.stdout.strip() == "1 True", done.stdout + done.stderr
+
+
+def test_errors_of_encoding_come_out_of_the_loader(log, torch_threads):
+    torch.set_num_threads(3)
+    wrong = table(57, 9).set_column(3, "y", pa.array([0, 1, 0, 1, 0, 2, 0, 1, 0]))
+    pq.write_table(wrong, log.files[1])
+    with pytest.raises(InputError, match=r"part-1.parquet, row 5: label 'y' is 2"):
+        list(log.loader())
 
 
 def test_epochs_and_seeds_differ(log):

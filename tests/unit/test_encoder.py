@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from hypothesis import strategies as st
 
 from scalerec.batch import FIRST_ID, MISSING, UNKNOWN, Batch, Rows
 from scalerec.errors import InputError
+from scalerec.features.compiled import buckets, distinct, fold
 from scalerec.features.encoder import Encoder
 from scalerec.features.hashing import hash_column, hash_text
+from scalerec.features.vocabulary import Vocabulary
 from scalerec.schema import (
     Categorical,
     Cross,
@@ -105,6 +108,19 @@ def test_dictionary_encoded_columns_are_read_like_plain_ones(feature, values):
     assert ids(feature, packed, plain) == ids(feature, plain, packed) == ids(feature, packed, packed) == expected
 
 
+@given(st.lists(st.sampled_from(["a", "b", "c", None]), max_size=8), st.permutations(["c", "a", "d", None, "b"]))
+@settings(deadline=None, max_examples=60)
+def test_a_dictionary_says_the_same_whatever_else_it_holds(values, order):
+    """Larger than the column, with null among its values, or beside it."""
+    plain = pa.array(values, pa.string())
+    places = [None if value is None and len(values) % 2 else order.index(value) for value in values]
+    coded = pa.DictionaryArray.from_arrays(pa.array(places, pa.uint8()), pa.array(order, pa.string()))
+    assert coded.to_pylist() == plain.to_pylist()
+    assert hash_column(coded).tolist() == hash_column(plain).tolist()
+    vocabulary = Vocabulary(pa.array(["b", "a"], pa.large_string()))
+    assert vocabulary.ids(coded, "x").tolist() == vocabulary.ids(plain, "x").tolist()
+
+
 def test_values_rarer_than_min_count_are_unknown():
     feature = Categorical(name="x", min_count=2)
     assert ids(feature, ["a", "b", "b", "c", "c", "c"], ["a", "b", "c"]) == [UNKNOWN, 3, 4]
@@ -120,9 +136,10 @@ def test_counts_add_up_over_pieces_and_histories():
 
 def test_unknown_values_are_counted():
     encoder = Encoder.fit(schema_of(), [rows_of(x=["a"])])
-    encoder.encode(rows_of(x=["a", "b", "c", None]))
-    encoder.encode(rows_of(x=["b"]))
-    assert encoder.counts == {"rows": 5, "x: not in the vocabulary, read as unknown": 3}
+    counts = Counter()
+    encoder.encode(rows_of(x=["a", "b", "c", None]), counts=counts)
+    encoder.encode(rows_of(x=["b"]), counts=counts)
+    assert counts == {"rows": 5, "x: not in the vocabulary, read as unknown": 3}
 
 
 @given(st.lists(st.integers(0, 20), min_size=1), st.lists(st.integers(0, 40)), st.booleans())
@@ -198,6 +215,37 @@ def test_buckets_are_cut_at_quantiles(values, buckets, log):
     assert found == [FIRST_ID + int((edges < value).sum()) for value in values]
 
 
+@given(st.integers(0, 700), st.integers(0, 200), st.integers(0, 9))
+@settings(deadline=None, max_examples=60)
+def test_buckets_are_places_among_the_edges(edges, count, seed):
+    """However many there are, equal values and the ends of the line among them."""
+    random = np.random.default_rng(seed)
+    borders = np.unique(random.integers(-400, 400, edges)).astype(np.float32)
+    values = random.integers(-500, 500, count).astype(np.float32)
+    values[random.random(count) < 0.1] = np.nan
+    expected = np.where(np.isnan(values), MISSING, FIRST_ID + np.searchsorted(borders, values))
+    assert buckets(values, borders, FIRST_ID, MISSING).tolist() == expected.tolist()
+
+
+@given(st.lists(st.integers(0, 2**64 - 1).map(lambda n: n % 5 + (n & ~0xFF)), max_size=300))
+@settings(deadline=None, max_examples=60)
+def test_different_values_in_the_order_of_their_first_places(values):
+    first, place = distinct(np.array(values, np.uint64))
+    order = list(dict.fromkeys(values))
+    assert [values[i] for i in first] == order and [order[i] for i in place] == values
+    assert first.tolist() == [values.index(value) for value in order]
+
+
+@given(st.lists(st.lists(st.integers(0, 2), max_size=4), min_size=1, max_size=12))
+@settings(deadline=None, max_examples=100)
+def test_lists_have_one_code_where_they_are_equal(lists):
+    """Whatever is missing, moved or repeated in one of them, and not where another list begins."""
+    codes = np.zeros(len(lists), np.uint64)
+    offsets = np.cumsum([0, *map(len, lists)])
+    fold(codes, np.array([n for one in lists for n in one], np.uint8), offsets)
+    assert len(set(codes.tolist())) == len({tuple(one) for one in lists})
+
+
 def test_buckets_are_equally_full():
     values = np.random.default_rng(0).permutation(1000).astype(float)
     found = ids(Numeric(name="x", buckets=10), values, values)
@@ -211,9 +259,10 @@ def test_numbers_outside_the_fitted_range_go_to_the_outer_buckets():
 
 def test_missing_and_broken_numbers_are_missing_and_the_broken_ones_counted():
     encoder = Encoder.fit(schema_of(Numeric(name="x", buckets=2)), [rows_of(x=[1.0, 2.0, math.inf, math.nan])])
-    batch = encoder.encode(rows_of(x=[1.0, math.nan, math.inf, -math.inf, None, 2.0]))
+    counts = Counter()
+    batch = encoder.encode(rows_of(x=[1.0, math.nan, math.inf, -math.inf, None, 2.0]), counts=counts)
     assert batch.items.ids[:, 0].tolist() == [3, MISSING, MISSING, MISSING, MISSING, 4]
-    assert encoder.counts["x: NaN or infinite, read as missing"] == 3
+    assert counts["x: NaN or infinite, read as missing"] == 3
 
 
 @pytest.mark.parametrize("log", [False, True])
@@ -300,9 +349,10 @@ def test_values_in_text():
 
 def test_only_the_last_values_are_kept_and_the_others_counted():
     encoder = Encoder.fit(schema_of(MultiCategorical(name="x", max_len=2)), [rows_of(x=[[1, 2, 3, 4]])])
-    found = encoder.encode(rows_of(x=[[1, 2, 3], [4], [1, 2, 3, 4]]))
+    counts = Counter()
+    found = encoder.encode(rows_of(x=[[1, 2, 3], [4], [1, 2, 3, 4]]), counts=counts)
     assert as_lists(found.items, "x") == [[4, 5], [6], [5, 6]]
-    assert encoder.counts["x: values beyond max_len, cut"] == 3
+    assert counts["x: values beyond max_len, cut"] == 3
 
 
 # -- sequences

@@ -145,7 +145,7 @@ def test_other_encoding_code_is_named_with_the_value(made, monkeypatch):
         refused(folder, "departs first", "='golden ", "' becomes 4, in training 3")
     with monkeypatch.context() as patch:
         true = encoder_module.last  # lists cut one shorter
-        patch.setattr(encoder_module, "last", lambda lengths, most: true(lengths, most - (most == 32)))
+        patch.setattr(encoder_module, "last", lambda flat, lengths, most: true(flat, lengths, most - (most == 32)))
         refused(folder, "feature 'interests' departs first")
     with monkeypatch.context() as patch:
         patch.setattr(golden, "bucket", lambda values, fit: np.searchsorted(fit.edges, values, side="right") + 3)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import atexit
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from contextlib import closing
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -14,12 +17,14 @@ import torch
 from torch import Tensor
 
 from scalerec.batch import Batch
-from scalerec.data.reader import ParquetRows
+from scalerec.data.reader import ParquetRows, Piece
 from scalerec.data.split import Part
 from scalerec.features.encoder import Encoder
 from scalerec.features.layout import Layout
 from scalerec.features.sharing import share
+from scalerec.hardware import single_threads
 
+S = TypeVar("S")
 T = TypeVar("T")
 Transform = Callable[[Batch, Layout, np.random.Generator], Batch]
 
@@ -32,6 +37,10 @@ class Position(NamedTuple):
 
 
 BEGINNING = Position()
+WORKERS = 4  # threads that encode: more would wait for Parquet, and each holds a piece
+
+Cut = tuple[list[tuple[Batch, Tensor]], Position]  # rows of windows that make a batch, and where it ends
+Each = Callable[[Callable[[S], T], Iterable[S]], Iterator[T]]  # a function of each item, in their order
 
 
 class Loader:
@@ -54,66 +63,95 @@ class Loader:
         self.transforms = transforms  # of every batch, drawn anew each time and the same for the same seed
         columns = [*encoder.schema.input_columns(), *encoder.schema.label_columns()]
         self.columns = list(dict.fromkeys(columns))
+        self.counts: Counter[str] = Counter()  # what was unknown, repaired or cut, over all epochs
 
     def epoch(self, epoch: int = 0, start: Position = BEGINNING) -> Iterator[tuple[Batch, Position]]:
         """Batches from `start` on, each with the position after it."""
-        return ahead(self._batches(epoch, start), 4)
+        return ahead(self._batches(epoch, start, min(torch.get_num_threads(), WORKERS)), 4)
 
     def __iter__(self) -> Iterator[Batch]:
         return (batch for batch, _ in self.epoch())
 
-    def _batches(self, epoch: int, start: Position) -> Generator[tuple[Batch, Position], None, None]:
-        rest: list[Batch] = []
+    def _batches(self, epoch: int, start: Position, threads: int) -> Generator[tuple[Batch, Position], None, None]:
+        # All of torch's work is done in this pool: another thread would share it out among threads of its own, and with
+        # more of them than cores OpenMP lets all, those of the training too, sleep between operations.
+        with single_threads(threads) as pool:
+            each = partial(in_order, pool, threads)
+            yield from each(partial(self._batch, epoch), self._cuts(epoch, start, each))
+
+    def _cuts(self, epoch: int, start: Position, each: Each) -> Iterator[Cut]:
+        """Which rows of which windows the next batch holds."""
+        cut: list[tuple[Batch, Tensor]] = []
         held, row = 0, start.row
         here = start
-        for piece, window, order in ahead(self._windows(epoch, start.piece), 1):
+        for piece, window, order in ahead(self._windows(epoch, start.piece, each), 1):
             while row < len(order):
                 take = min(self.batch_size - held, len(order) - row)
-                rest.append(window.take(order[row : row + take]))
+                cut.append((window, order[row : row + take]))
                 held, row = held + take, row + take
                 here = Position(piece, row)
                 if held == self.batch_size:
-                    yield self._made(rest, epoch, here), here
-                    rest, held = [], 0
+                    yield cut, here
+                    cut, held = [], 0
             row = 0
         if held:
-            yield self._made(rest, epoch, here), here
+            yield cut, here
 
-    def _made(self, parts: list[Batch], epoch: int, end: Position) -> Batch:
-        batch = Batch.cat(parts)
+    def _batch(self, epoch: int, cut: Cut) -> tuple[Batch, Position]:
+        parts, end = cut
+        batch = Batch.cat([window.take(index) for window, index in parts])
         if self.world > 1:
             batch = batch.take(torch.arange(len(batch))[self.rank :: self.world])
         for number, transform in enumerate(self.transforms):
             rng = np.random.default_rng([self.seed or 0, epoch, *end, self.rank, number])
             batch = transform(batch, self.encoder.layout, rng)
-        return batch
+        return batch, end
 
-    def _windows(self, epoch: int, start: int) -> Generator[tuple[int, Batch, Tensor], None, None]:
+    def _windows(self, epoch: int, start: int, each: Each) -> Generator[tuple[int, Batch, Tensor], None, None]:
         """(first piece, rows, the order in which to take them) of each window."""
         order = None
         if self.seed is not None:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows.row_groups)).tolist()
         parts: list[Batch] = []
         first = start
-        for piece in ahead(self.rows.pieces(self.part, self.columns, order, start), 2):
+        pieces = ahead(self.rows.pieces(self.part, self.columns, order, start, dictionaries=True), 2)
+        for number, batch, counts in each(self._encoded, (piece for piece in pieces if piece.rows.num_rows)):
+            self.counts += counts
             if not parts:
-                first = piece.number
-            if piece.rows.num_rows:
-                where, file_first = str(piece.group.file), piece.group.file_first
-                parts.append(self.encoder.encode(piece.rows, index=piece.index, where=where, first=file_first))
+                first = number
+            parts.append(batch)
+            del batch  # in `parts` alone, which are let go before their window is handed out
             if sum(map(len, parts)) >= self.window_rows:
-                yield first, *self._window(parts, epoch, first)
+                yield from each(partial(self._window, epoch, first), [parts])
         if parts:
-            yield first, *self._window(parts, epoch, first)
+            yield from each(partial(self._window, epoch, first), [parts])
 
-    def _window(self, parts: list[Batch], epoch: int, first: int) -> tuple[Batch, Tensor]:
+    def _encoded(self, piece: Piece) -> tuple[int, Batch, Counter[str]]:
+        counts, where = Counter[str](), str(piece.group.file)
+        first = piece.group.file_first
+        batch = self.encoder.encode(piece.rows, index=piece.index, where=where, first=first, counts=counts)
+        return piece.number, batch, counts
+
+    def _window(self, epoch: int, first: int, parts: list[Batch]) -> tuple[int, Batch, Tensor]:
         """The rows of `parts`, which is emptied (or they would lie in memory beside their window), and their order."""
         window = share(Batch.cat(parts)) if len(parts) > 1 else parts[0]
         parts.clear()
         if self.seed is None:
-            return window, torch.arange(len(window))
+            return first, window, torch.arange(len(window))
         order = np.random.default_rng([self.seed, epoch, first]).permutation(len(window))
-        return window, torch.from_numpy(order)
+        return first, window, torch.from_numpy(order)
+
+
+def in_order(pool: Executor, threads: int, work: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+    """work(item) of each item in their order, `threads` of them at work in the pool at once."""
+    waiting: deque[Future[T]] = deque()
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        del item  # or it would stay in memory until the next one is there
+        if len(waiting) > threads:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def ahead(items: Generator[T, None, None], depth: int) -> Generator[T, None, None]:

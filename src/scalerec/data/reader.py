@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from scalerec.data.source import Prepared, Source
-from scalerec.data.split import PARTS, ColumnSplit, NoSplit, Part, Split, columns_of
+from scalerec.data.split import PARTS, ColumnSplit, NoSplit, Part, Split, TimeSplit, columns_of
 from scalerec.errors import InputError
 from scalerec.schema import Schema
 
@@ -75,9 +75,8 @@ class ParquetRows:
                 continue
             self.columns = self.columns or metadata.schema.to_arrow_schema().names
             file_first = first
-            for number in range(metadata.num_row_groups):
+            for number, part in enumerate(self._parts_of_groups(metadata)):
                 rows = metadata.row_group(number).num_rows
-                part = self._one_part(metadata.row_group(number))
                 self.row_groups.append(RowGroup(file, number, first, rows, 0 if row_column else file_first, part))
                 first += rows
         self.num_rows = first
@@ -89,9 +88,12 @@ class ParquetRows:
         return ParquetRows(prepared.files, source.split, skip_bad_shards=skip_bad_shards, row_column=source.row_column)
 
     def pieces(
-        self, part: Part, columns: Sequence[str] | None = None, order: Sequence[int] | None = None, start: int = 0
-    ) -> Generator[Piece, None, None]:
+        self, part: Part, columns: Sequence[str] | None = None, order: Sequence[int] | None = None, start: int = 0,
+        *, dictionaries: bool = False,
+    ) -> Generator[Piece, None, None]:  # fmt: skip
         """ParquetRows of a part, row groups in `order`, pieces counted from 0, from `start` on.
+
+        With `dictionaries` text in `columns` comes as Parquet keeps it, each different value once.
 
         Raises:
             InputError: a file cannot be read (unless bad shards are skipped), a column is not there.
@@ -104,7 +106,7 @@ class ParquetRows:
             if last <= start or group.part not in ("", part):
                 piece = last
                 continue
-            for number, rows in enumerate(self._read(group, wanted)):
+            for number, rows in enumerate(self._read(group, wanted, dictionaries)):
                 if piece + number >= start:
                     first = group.first + number * PIECE_ROWS
                     yield Piece(piece + number, *self._part(rows, part, first, group), group)
@@ -114,9 +116,11 @@ class ParquetRows:
         for piece in self.pieces(part, columns):
             yield piece.rows
 
-    def _read(self, group: RowGroup, wanted: list[str] | None) -> Iterator[pa.RecordBatch]:
+    def _read(self, group: RowGroup, wanted: list[str] | None, dictionaries: bool) -> Iterator[pa.RecordBatch]:
         try:
-            with pq.ParquetFile(group.file) as file:
+            metadata = pq.read_metadata(group.file)
+            coded = _text(metadata, wanted) if dictionaries and wanted is not None else None
+            with pq.ParquetFile(group.file, metadata=metadata, read_dictionary=coded) as file:
                 names = file.schema_arrow.names
                 if wanted is not None:
                     needed = [*wanted, *columns_of(self.split), *([self.row_column] if self.row_column else [])]
@@ -128,16 +132,29 @@ class ParquetRows:
         except (pa.ArrowException, OSError) as error:
             self._bad(group.file, error)
 
-    def _one_part(self, group: pq.RowGroupMetaData) -> str:
-        """The part of all rows of a row group, "" where that is not known without reading them."""
-        if isinstance(self.split, ColumnSplit):
-            columns = (group.column(i) for i in range(group.num_columns))
-            for column in columns:
-                if column.path_in_schema == self.split.column and column.is_stats_set:
-                    found = column.statistics
-                    if found.has_min_max and found.min == found.max and found.null_count == 0 and found.min in PARTS:
-                        return found.min
-        return ""
+    def _parts_of_groups(self, metadata: pq.FileMetaData) -> list[str]:
+        """Of each row group the one part of all its rows, "" where that is not known without reading them."""
+        unknown = [""] * metadata.num_row_groups
+        paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+        if not isinstance(self.split, (ColumnSplit, TimeSplit)) or self.split.column not in paths:
+            return unknown
+        place = paths.index(self.split.column)
+        column = metadata.schema.to_arrow_schema().field(self.split.column)
+        parts = []
+        for number in range(metadata.num_row_groups):
+            found = metadata.row_group(number).column(place).statistics
+            if found is None or not found.has_min_max or found.null_count != 0:
+                parts.append("")
+                continue
+            try:
+                ends = pa.array([found.min, found.max], column.type)
+                first, last = self.split.part_of(pa.record_batch([ends], [column.name]), 0)
+            except (InputError, ValueError):  # not a column to split by, which reading will say; nanoseconds
+                return unknown
+            # Between two times of one part lie only times of that part, but between two texts any other.
+            known = first == last and (isinstance(self.split, TimeSplit) or found.min == found.max)
+            parts.append(PARTS[first] if known else "")
+        return parts
 
     def _part(self, rows: pa.RecordBatch, part: Part, first: int, group: RowGroup) -> tuple[pa.RecordBatch, np.ndarray]:
         numbers = np.arange(first, first + rows.num_rows)
@@ -156,6 +173,12 @@ class ParquetRows:
         if not self.skip_bad_shards:
             raise InputError(f"{file}: not a readable Parquet file ({line}); repair it or pass --skip-bad-shards")
         self.counts[f"{file}: unreadable, left out"] = 1
+
+
+def _text(metadata: pq.FileMetaData, columns: Sequence[str]) -> list[str]:
+    """The paths of what is text in these columns, in lists too."""
+    leaves = [metadata.schema.column(i) for i in range(metadata.num_columns)]
+    return [leaf.path for leaf in leaves if leaf.logical_type.type == "STRING" and leaf.path.split(".")[0] in columns]
 
 
 @dataclass(frozen=True)

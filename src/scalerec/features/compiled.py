@@ -12,6 +12,8 @@ from numba import njit
 
 _compiled: Any = njit(nogil=True, error_model="numpy", cache=True)
 
+_COUNTED = 256  # edges: up to so many, comparing with all of them (eight or sixteen values at a time) beats a search
+
 
 @_compiled
 def hash_table(values):  # pragma: no cover - compiled
@@ -44,6 +46,27 @@ def places(values, slots, wanted, otherwise, shift):  # pragma: no cover - compi
 
 
 @_compiled
+def distinct(values):  # pragma: no cover - compiled
+    """Where each of the different `values` [n] uint64 stands first, in that order, and which of these each one is."""
+    bits = 2
+    while 1 << bits < 2 * len(values):
+        bits += 1
+    slots = np.full(1 << bits, -1, np.int64)
+    first, place = np.empty(len(values), np.int64), np.empty(len(values), np.int64)
+    count = 0
+    for i in range(len(values)):
+        slot = _slot(values[i], bits)
+        while slots[slot] >= 0 and values[first[slots[slot]]] != values[i]:
+            slot = (slot + 1) & (len(slots) - 1)
+        if slots[slot] < 0:
+            slots[slot] = count
+            first[count] = i
+            count += 1
+        place[i] = slots[slot]
+    return first[:count].copy(), place
+
+
+@_compiled
 def _slot(value, bits):  # pragma: no cover - compiled
     return np.int64((np.uint64(value) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(64 - bits))
 
@@ -52,37 +75,34 @@ def _slot(value, bits):  # pragma: no cover - compiled
 def buckets(values, edges, shift, missing):  # pragma: no cover - compiled
     """`shift` + how many of `edges`, ascending, lie below each of `values` [n], or `missing` for NaN."""
     found = np.empty(len(values), np.int64)
-    for i in range(len(values)):
-        value, below, left = values[i], 0, len(edges)
-        while left > 1:  # a search without branches, which nobody could foresee
-            half = left >> 1
-            below += half * (edges[below + half - 1] < value)
-            left -= half
-        if left and edges[below] < value:
-            below += 1
-        found[i] = missing if np.isnan(value) else shift + below
+    if len(edges) > _COUNTED:
+        for i in range(len(values)):
+            found[i] = missing if np.isnan(values[i]) else shift + np.searchsorted(edges, values[i])
+        return found
+    below = np.empty(64, np.int32)
+    for first in range(0, len(values), len(below)):
+        some = values[first : first + len(below)]
+        below[:] = 0
+        for edge in edges:
+            for i in range(len(some)):
+                below[i] += edge < some[i]
+        for i in range(len(some)):
+            found[first + i] = missing if np.isnan(some[i]) else shift + below[i]
     return found
 
 
 @_compiled
-def fold_columns(codes, values):  # pragma: no cover - compiled
-    """Mix the bits of `values` [U, k] (unsigned) into `codes` [U] uint64, in place."""
-    for i in range(len(codes)):
-        code = codes[i]
-        for j in range(values.shape[1]):
-            code = _mix(code + np.uint64(values[i, j]))
-        codes[i] = code
+def fold(codes, values, offsets):  # pragma: no cover - compiled
+    """Mix the bits of list i, values[offsets[i]:offsets[i + 1]] (unsigned), into codes[i] [U] uint64, in place.
 
-
-@_compiled
-def fold_lists(codes, values, offsets):  # pragma: no cover - compiled
-    """The same of lists: list i is values[offsets[i]:offsets[i + 1]], [total, k]."""
+    By a sum of what each value gives at its place in the list: none waits for the one before it.
+    """
     for i in range(len(codes)):
-        code = _mix(codes[i] + np.uint64(offsets[i + 1] - offsets[i]))
-        for at in range(offsets[i], offsets[i + 1]):
-            for j in range(values.shape[1]):
-                code = _mix(code + np.uint64(values[at, j]))
-        codes[i] = code
+        one = values[offsets[i] : offsets[i + 1]]
+        code = codes[i] + np.uint64(len(one))
+        for place in range(len(one)):
+            code += _mix(np.uint64(one[place]) + np.uint64(place) * np.uint64(0xD1B54A32D192ED03))
+        codes[i] = _mix(code)
 
 
 @_compiled

@@ -32,13 +32,12 @@ class _Fitted(Frozen):
 
 
 class Encoder:
-    """Turns Arrow rows into a Batch by a fitted schema; `counts` says what was unknown, repaired or cut on the way."""
+    """Turns Arrow rows into a Batch by a fitted schema; nothing in it changes by that, threads may share it."""
 
     def __init__(self, schema: Schema, vocabularies: dict[str, Vocabulary], numerics: dict[str, NumericFit]):
         self.schema = schema
         self.vocabularies = vocabularies  # of dictionaries, by feature name
         self.numerics = numerics
-        self.counts: Counter[str] = Counter()
 
     # -- fitting
 
@@ -67,11 +66,12 @@ class Encoder:
 
     def encode(
         self, rows: pa.RecordBatch, *, index: np.ndarray | None = None, where: str = "rows", first: int = 0,
-        labels: bool = True,
+        labels: bool = True, counts: Counter[str] | None = None,
     ) -> Batch:  # fmt: skip
         """A Batch of all `rows`, equal user sides shared.
 
-        `index` numbers the rows (default: from 0); an error names `where` and the row's number less `first`.
+        `index` numbers the rows (default: from 0); an error names `where` and the row's number less `first`. To
+        `counts` are added the rows, and what was unknown, repaired or cut on the way.
 
         Raises:
             InputError: a column is missing or of the wrong type, a label (also of a past event) is not 0 or 1, lists
@@ -81,12 +81,13 @@ class Encoder:
         missing = [column for column in columns if column not in rows.schema.names]
         if missing:
             raise InputError(f"{where}: no column {missing[0]!r}; it has {', '.join(rows.schema.names[:30])}")
-        self.counts["rows"] += rows.num_rows
+        counts = Counter() if counts is None else counts
+        counts["rows"] += rows.num_rows
         n, tasks = rows.num_rows, len(self.schema.tasks)
         index = np.arange(n) if index is None else index
         try:
-            user, items = (self._rows(rows, side, index - first) for side in ("user", "item"))
-            targets, weights = self._targets(rows, index - first) if labels else (torch.zeros(n, tasks),) * 2
+            user, items = (self._rows(rows, side, index - first, counts) for side in ("user", "item"))
+            targets, weights = self._targets(rows, index - first, counts) if labels else (torch.zeros(n, tasks),) * 2
         except InputError as error:
             raise InputError(f"{where}{', ' if str(error).startswith('row ') else ': '}{error}") from None
         users = torch.from_numpy(hash_column(rows.column(self.schema.user), self.schema.user).view(np.int64))
@@ -104,11 +105,14 @@ class Encoder:
             InputError: as `encode`, for the columns that these features read.
         """
         try:
-            return self._rows(rows, side, np.arange(rows.num_rows), only)
+            return self._rows(rows, side, np.arange(rows.num_rows), Counter(), only)
         except (InputError, KeyError) as error:
             raise InputError(f"{where}: {error}") from None
 
-    def _rows(self, rows: pa.RecordBatch, side: str, number: np.ndarray, only: Collection[str] | None = None) -> Rows:
+    def _rows(
+        self, rows: pa.RecordBatch, side: str, number: np.ndarray, counts: Counter[str],
+        only: Collection[str] | None = None,
+    ) -> Rows:  # fmt: skip
         n = rows.num_rows
         ids, values = [], []
         multi: dict[str, Jagged] = {}
@@ -125,7 +129,7 @@ class Encoder:
                     stacked = np.stack(labels, 1).astype(np.float32)
                     actions[feature.name] = Jagged.from_lengths(torch.from_numpy(stacked), lengths)
             elif isinstance(feature, MultiCategorical):
-                multi[feature.name] = self._multi(feature, rows)
+                multi[feature.name] = self._multi(feature, rows, counts)
             elif isinstance(feature, Cross):
                 codes = np.zeros(n, np.uint64)
                 for column in feature.of:
@@ -135,14 +139,14 @@ class Encoder:
                 column = feature.column or feature.name
                 raw, repaired = numbers(rows.column(column), column)
                 if repaired:
-                    self.counts[f"{column}: NaN or infinite, read as missing"] += repaired
+                    counts[f"{column}: NaN or infinite, read as missing"] += repaired
                 fit = self.numerics[feature.name]
                 if feature.encoding == "buckets":
                     ids.append(bucket(raw, fit))
                 else:
                     values.append(standardise(raw, fit, feature.log))
             else:
-                ids.append(self._ids(feature, rows.column(feature.column or feature.name)))
+                ids.append(self._ids(feature, rows.column(feature.column or feature.name), counts))
         times, now = self._times(rows, number) if side == "user" and only is None else ({}, None)
         return Rows(
             side,
@@ -167,24 +171,24 @@ class Encoder:
             if column is None:
                 continue
             if self.schema.time and now is None:
-                now = self._seconds(rows.column(self.schema.time), self.schema.time)
+                now = torch.from_numpy(self._seconds(rows.column(self.schema.time), self.schema.time))
             flat, lengths = lists(rows.column(column), column)
             found = self._seconds(flat, column)
-            _check_order(column, found.numpy(), lengths, None if now is None else now.numpy(), number)
-            keep, kept = last(lengths, sequence.max_len)
-            times[sequence.name] = Jagged.from_lengths(found[torch.from_numpy(keep)], torch.from_numpy(kept))
+            _check_order(column, found, lengths, None if now is None else now.numpy(), number)
+            kept, lengths = last(found, lengths, sequence.max_len)
+            times[sequence.name] = Jagged.from_lengths(torch.from_numpy(kept), torch.from_numpy(lengths))
         return times, now
 
-    def _seconds(self, column: pa.Array, name: str) -> torch.Tensor:
+    def _seconds(self, column: pa.Array, name: str) -> np.ndarray:
         """A time column in seconds [n] float64."""
-        return torch.from_numpy(unix_seconds(column, name, self.schema.time_unit))
+        return unix_seconds(column, name, self.schema.time_unit)
 
-    def _ids(self, feature: Categorical | MultiCategorical, column: pa.Array) -> np.ndarray:
+    def _ids(self, feature: Categorical | MultiCategorical, column: pa.Array, counts: Counter[str]) -> np.ndarray:
         vocabulary = self._vocabulary(feature)
         ids = vocabulary.ids(column, feature.column or feature.name)
         unknown = int((ids == UNKNOWN).sum())
         if unknown:
-            self.counts[f"{feature.name}: not in the vocabulary, read as unknown"] += unknown
+            counts[f"{feature.name}: not in the vocabulary, read as unknown"] += unknown
         return ids
 
     def _vocabulary(self, feature: Categorical | MultiCategorical) -> Vocabulary | HashVocabulary:
@@ -192,20 +196,17 @@ class Encoder:
             return HashVocabulary(feature.buckets)
         return self.vocabularies[feature.name]
 
-    def _multi(self, feature: MultiCategorical, rows: pa.RecordBatch) -> Jagged:
+    def _multi(self, feature: MultiCategorical, rows: pa.RecordBatch, counts: Counter[str]) -> Jagged:
         column = feature.column or feature.name
         flat, lengths = lists(rows.column(column), column, feature.separator)
-        keep, kept = last(lengths, feature.max_len)
-        if len(keep) < lengths.sum():
-            self.counts[f"{feature.name}: values beyond max_len, cut"] += int(lengths.sum()) - len(keep)
-        ids = self._ids(feature, flat.take(pa.array(keep)))
+        values, kept = last(flat, lengths, feature.max_len)
+        if len(values) < len(flat):
+            counts[f"{feature.name}: values beyond max_len, cut"] += len(flat) - len(values)
+        ids = self._ids(feature, values, counts)
         # A row without values carries the one id "missing", so that its vector is learned like any other.
-        out = np.full(int(np.maximum(kept, 1).sum()), MISSING, np.int64)
-        empty_at = (np.cumsum(np.maximum(kept, 1)) - 1)[kept == 0]
-        filled = np.ones(len(out), bool)
-        filled[empty_at] = False
-        out[filled] = ids
-        return Jagged.from_lengths(torch.from_numpy(out), torch.from_numpy(np.maximum(kept, 1)))
+        empty = kept == 0
+        ids = np.insert(ids, np.cumsum(kept)[empty], MISSING)
+        return Jagged.from_lengths(torch.from_numpy(ids), torch.from_numpy(kept + empty))
 
     def _past_ids(self, feature: Sequence, columns: dict[str, pa.Array]) -> torch.Tensor:
         """Row ids [total, fields] of the events' flat columns."""
@@ -216,7 +217,9 @@ class Encoder:
             ids.append(self._vocabulary(of).ids(columns[feature.column(field)], feature.column(field)))
         return torch.from_numpy(np.stack(ids, 1))
 
-    def _targets(self, rows: pa.RecordBatch, number: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    def _targets(
+        self, rows: pa.RecordBatch, number: np.ndarray, counts: Counter[str]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.schema.tasks:
             return torch.zeros(rows.num_rows, 0), torch.zeros(rows.num_rows, 0)
         targets, weights = [], []
@@ -227,7 +230,7 @@ class Encoder:
                 weight = weight * (np.nan_to_num(numbers(rows.column(task.mask), task.mask)[0]) != 0)
             absent = np.isnan(label) | np.isnan(weight)
             if absent.any():
-                self.counts[f"{task.column}: no label, row not counted in its task"] += int(absent.sum())
+                counts[f"{task.column}: no label, row not counted in its task"] += int(absent.sum())
             if (weight < 0).any():
                 raise InputError(f"weights {task.weight!r} hold negative values")
             targets.append(np.where(absent, 0, label))
@@ -371,6 +374,5 @@ def _past(feature: Sequence, rows: pa.RecordBatch, number: np.ndarray) -> tuple[
         unequal = np.flatnonzero(lengths != first)
         if unequal.size:
             raise InputError(f"row {number[unequal[0]]}: lists {names[0]!r} and {name!r} differ in length")
-        keep, kept = last(lengths, feature.max_len)
-        columns[name] = flat.take(pa.array(keep))
+        columns[name], kept = last(flat, lengths, feature.max_len)
     return columns, torch.from_numpy(kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
@@ -35,9 +36,12 @@ def hash_column(column: pa.Array, name: str = "") -> np.ndarray:
     if pa.types.is_nested(column.type):
         raise InputError(f"column {name!r} is {column.type}: only single values can be hashed")
     if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
+        return by_dictionary(column, lambda values: hash_column(values, name), int(NO_VALUE))
     if pa.types.is_timestamp(column.type):  # one text per moment, whatever the unit
         column = column.cast(pa.timestamp("us", column.type.tz), safe=False)
+    number = pa.types.is_floating(column.type) or pa.types.is_integer(column.type) or pa.types.is_boolean(column.type)
+    if not number:
+        return by_dictionary(column.dictionary_encode(), _hash_texts, int(NO_VALUE))
     missing = column.is_null().to_numpy(zero_copy_only=False)
     if pa.types.is_floating(column.type):
         numbers = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
@@ -46,14 +50,21 @@ def hash_column(column: pa.Array, name: str = "") -> np.ndarray:
         whole = (np.floor(numbers) == numbers) & (np.abs(numbers) < 2.0**63)
         integers = np.where(whole, numbers, 0.0).astype(np.int64)
         codes = np.where(whole, mix(integers.view(np.uint64)), mix(numbers.view(np.uint64), 1))
-    elif pa.types.is_integer(column.type) or pa.types.is_boolean(column.type):
+    else:
         values = column.cast(pa.int64(), safe=False).fill_null(0).to_numpy(zero_copy_only=False)
         codes = mix(values.view(np.uint64))
-    else:
-        encoded = column.dictionary_encode()
-        texts = np.fromiter(
-            (hash_text(str(value)) for value in encoded.dictionary.to_pylist()), np.uint64, len(encoded.dictionary)
-        )
-        index = encoded.indices.fill_null(0).to_numpy(zero_copy_only=False)
-        codes = texts[index] if len(texts) else np.zeros(len(column), np.uint64)
     return np.where(missing, NO_VALUE, codes)
+
+
+def _hash_texts(values: pa.Array) -> np.ndarray:
+    return np.fromiter((hash_text(str(value)) for value in values.to_pylist()), np.uint64, len(values))
+
+
+def by_dictionary(column: pa.DictionaryArray, work: Callable[[pa.Array], np.ndarray], missing: int) -> np.ndarray:
+    """work(values) of the different values, spread over the column [n], and `missing` for null."""
+    values = column.dictionary
+    if len(values) > len(column) or values.null_count:  # it is the whole row group's, or names null a value
+        column = column.dictionary_decode().dictionary_encode()
+    found = work(column.dictionary)
+    of_values = np.append(found, found.dtype.type(missing))
+    return of_values[column.indices.cast(pa.int64()).fill_null(-1).to_numpy()]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from scalerec.errors import InputError
+
+Values = TypeVar("Values", pa.Array, np.ndarray)
 
 
 def lists(column: pa.Array, name: str, separator: str | None = None) -> tuple[pa.Array, np.ndarray]:
@@ -24,9 +28,12 @@ def lists(column: pa.Array, name: str, separator: str | None = None) -> tuple[pa
     return column.flatten(), lengths
 
 
-def last(lengths: np.ndarray, max_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Flat positions of the last `max_len` values of each list, and the new lengths."""
+def last(values: Values, lengths: np.ndarray, max_len: int) -> tuple[Values, np.ndarray]:
+    """The last `max_len` values of each list, flat, and the new lengths [n]."""
     kept = np.minimum(lengths, max_len)
+    if np.array_equal(kept, lengths):
+        return values, lengths
     ends = np.cumsum(lengths)
     starts = np.concatenate([[0], np.cumsum(kept)])
-    return np.arange(starts[-1]) - np.repeat(starts[:-1], kept) + np.repeat(ends - kept, kept), kept
+    places = np.arange(starts[-1]) - np.repeat(starts[:-1], kept) + np.repeat(ends - kept, kept)
+    return values.take(places), kept

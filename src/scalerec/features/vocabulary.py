@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from scalerec.batch import FIRST_ID, MISSING, UNKNOWN
 from scalerec.errors import InputError
 from scalerec.features.compiled import hash_table, places
-from scalerec.features.hashing import NO_VALUE, hash_column
+from scalerec.features.hashing import NO_VALUE, by_dictionary, hash_column
 
 _FRACTION = -(2**62) - 1  # stands for every fraction in a column of whole numbers
 
@@ -62,21 +62,20 @@ class Vocabulary:
 
     def ids(self, column: pa.Array, name: str) -> np.ndarray:
         """Row ids [n]: MISSING for null, UNKNOWN for a value that was not there when it was fitted."""
+        if pa.types.is_dictionary(column.type):
+            return by_dictionary(column, lambda values: self.ids(values, name), MISSING)
         column = keys(column, name, self.integer)
-        missing = column.is_null().to_numpy(zero_copy_only=False)
-        if self.integer:
-            numbers = column.fill_null(0).to_numpy(zero_copy_only=False)
-            found = places(self._numbers, self._slots, numbers, UNKNOWN, FIRST_ID)
-        else:
-            encoded = column.dictionary_encode()
-            known = np.fromiter(
-                (self._index.get(value, UNKNOWN - FIRST_ID) + FIRST_ID for value in encoded.dictionary.to_pylist()),
-                np.int64,
-                len(encoded.dictionary),
-            )
-            index = encoded.indices.fill_null(0).to_numpy(zero_copy_only=False)
-            found = known[index] if len(known) else np.full(len(column), UNKNOWN)
-        return np.where(missing, MISSING, found)
+        if not self.integer:
+            return by_dictionary(column.dictionary_encode(), self._of_texts, MISSING)
+        numbers = (column.fill_null(0) if column.null_count else column).to_numpy()
+        found = places(self._numbers, self._slots, numbers, UNKNOWN, FIRST_ID)
+        if column.null_count:
+            found[column.is_null().to_numpy(zero_copy_only=False)] = MISSING
+        return found
+
+    def _of_texts(self, values: pa.Array) -> np.ndarray:
+        unknown = UNKNOWN - FIRST_ID
+        return np.fromiter((self._index.get(v, unknown) + FIRST_ID for v in values.to_pylist()), np.int64, len(values))
 
     def grown(self, values: pa.Array) -> Vocabulary:
         """With new values appended in the given order; ids of old values stay."""

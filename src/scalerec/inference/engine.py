@@ -8,7 +8,6 @@ B candidates of a request   n requests
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -63,7 +62,6 @@ class Engine:
             self.cache = HistoryCache(bundle.model, f"{bundle.version}-{bundle.precision}", cache_bytes)
         self._user_columns = _side_columns(self, "user")
         self._item_columns = _side_columns(self, "item")
-        self._encoding = threading.Lock()  # the encoder counts what it meets
 
     # -- features
 
@@ -90,9 +88,8 @@ class Engine:
         """
         encoder, asked = self.bundle.encoder, self._asked(asks)
         rows = self._user_rows(asks)
-        with self._encoding:
-            user = encoder.encode_side(rows, "user")
-            items = self.catalogue.encode(encoder, asked)
+        user = encoder.encode_side(rows, "user")
+        items = self.catalogue.encode(encoder, asked)
         count, tasks = len(asked.candidates), len(self.tasks)
         codes = hash_column(rows.column(self.schema.user), self.schema.user).view(np.int64)
         nothing = torch.zeros(count, tasks)
@@ -172,8 +169,7 @@ class Engine:
         model = self.bundle.model
         if not isinstance(model, SequentialModel) or not model.retrieves:
             raise InputError(f"bundle {self.bundle.name!r} does not retrieve: name one that does as the retriever")
-        with self._encoding:
-            rows = self.bundle.encoder.encode_side(self._user_rows(asks), "user")
+        rows = self.bundle.encoder.encode_side(self._user_rows(asks), "user")
         if self.cache is not None:
             alone = (rows.take(torch.tensor([i])) for i in range(len(asks)))
             ends = torch.cat([self._state(ask, row)[0].at_end for ask, row in zip(asks, alone)])

@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from scalerec.hardware import single_threads
+
 KEPT = 1 << 24  # entries of the largest buffer that is kept
 
 _memory = threading.local()
@@ -54,18 +56,5 @@ def in_threads(task: Callable[[int], None], count: int) -> None:
 def _pool(count: int) -> ThreadPoolExecutor:
     with _making:
         if count not in _pools:
-            ready = threading.Barrier(count + 1)
-
-            def begin() -> None:
-                # Asked for its number a thread takes over the one last set by any, once: it must not do so later.
-                torch.get_num_threads()
-                torch.set_num_threads(1)  # of this thread, and of those yet to come
-                ready.wait()
-
-            pool, threads = ThreadPoolExecutor(count, "scalerec", begin), torch.get_num_threads()
-            for _ in range(count):
-                pool.submit(int)
-            ready.wait()
-            torch.set_num_threads(threads)
-            _pools[count] = pool
+            _pools[count] = single_threads(count)
         return _pools[count]

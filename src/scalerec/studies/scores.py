@@ -41,10 +41,10 @@ def score_files(folder: Path, source: str, out: Path, *, skip_bad_shards: bool =
         raise InputError(f"{source}: already has a column {clash[0]!r}; rename it first")
     temporary = out.with_name(f".{out.name}.new")
     out.parent.mkdir(parents=True, exist_ok=True)
-    count = 0
+    count, counts = 0, Counter[str]()
     try:
         writer = None
-        for scored in _scored(saved, model, rows, names):
+        for scored in _scored(saved, model, rows, names, counts):
             writer = writer or pq.ParquetWriter(temporary, scored.schema, compression="zstd")
             writer.write_batch(scored)
             count += scored.num_rows
@@ -56,18 +56,18 @@ def score_files(folder: Path, source: str, out: Path, *, skip_bad_shards: bool =
         raise InputError(f"{source}: files of different columns cannot be written together ({error})") from None
     finally:
         temporary.unlink(missing_ok=True)
-    counts = Counter(saved.encoder.counts) + rows.counts
+    counts += rows.counts
     return {"rows": count, "out": str(out), "counts": {k: v for k, v in counts.items() if k != "rows"}}
 
 
 def _scored(
-    saved: checkpoint.Checkpoint, model: Model, rows: ParquetRows, names: list[str]
+    saved: checkpoint.Checkpoint, model: Model, rows: ParquetRows, names: list[str], counts: Counter[str]
 ) -> Iterator[pa.RecordBatch]:
     for piece in rows.pieces("train"):
         if not piece.rows.num_rows:
             continue
         where = str(piece.group.file)
-        batch = saved.encoder.encode(piece.rows, index=piece.index, where=where, labels=False)
+        batch = saved.encoder.encode(piece.rows, index=piece.index, where=where, labels=False, counts=counts)
         with torch.inference_mode():
             parts = torch.arange(len(batch)).split(BATCH)
             scores = torch.cat([torch.sigmoid(model(batch.take(part)).logits) for part in parts]).numpy()

@@ -171,7 +171,7 @@ class Training:
                     self._save()
             else:
                 self.state.epoch, self.state.position = self.state.epoch + 1, Position()
-                self.log.counts(self.encoder.counts + self.rows.counts if self.state.epoch == 1 else Counter())
+                self.log.counts(self.loader.counts + self.rows.counts if self.state.epoch == 1 else Counter())
                 if not self.config.evaluate_every:
                     self._evaluate()
         if self.state.evaluated != self.state.step:
@@ -232,10 +232,8 @@ class Training:
     def predict(self, part: Part) -> evaluate.Predictions:
         """Scores of a part's rows, in their order, by the model as it stands."""
         self.model.eval()
-        counts, self.encoder.counts = self.encoder.counts, Counter()
         loader = Loader(self.rows, self.encoder, part, evaluate.BATCH)
         found = evaluate.predict(self.model, (batch.to(self.device) for batch in loader))
-        self.encoder.counts = counts
         self.model.train()
         return found
 
