@@ -37,7 +37,7 @@ class Jagged:
         return Jagged(values, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))
 
     def take(self, index: Tensor) -> Jagged:
-        """The lists at `index` [m], in that order."""
+        """The lists at `index` [m] (from 0 on), in that order."""
         if self._copyable():
             width = math.prod(self.values.shape[1:])
             found, offsets = _take_lists(bits(self.values), self.offsets.numpy(), index.numpy(), width)

@@ -34,10 +34,16 @@ def single_threads(count: int) -> ThreadPoolExecutor:
 
     with _starting:
         pool, threads = ThreadPoolExecutor(count, "scalerec", begin), torch.get_num_threads()
-        for _ in range(count):
-            pool.submit(int)
-        ready.wait()
-        torch.set_num_threads(threads)
+        try:
+            for _ in range(count):
+                pool.submit(int)
+            ready.wait()
+        except BaseException:  # no more threads can be started: those that were are not left waiting
+            ready.abort()
+            pool.shutdown(wait=False)
+            raise
+        finally:
+            torch.set_num_threads(threads)
     return pool
 
 

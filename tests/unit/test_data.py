@@ -12,6 +12,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -254,16 +255,38 @@ def test_row_groups_of_other_parts_are_not_read(tmp_path, monkeypatch, kind):
         assert list(rows.pieces(part)) == [] and read == groups
 
 
+def test_only_text_with_few_values_stays_coded(tmp_path):
+    """Arrow adds what Parquet does not code to the dictionary: each piece would carry all values before it."""
+    rows = 80_000
+    columns = {"few": [f"v{n % 9}" for n in range(rows)], "many": [f"a value of its own, {n}" for n in range(rows)]}
+    columns["lists"] = [[text] for text in columns["few"]]
+    pq.write_table(pa.table(columns), tmp_path / "log")
+    pieces = ParquetRows([tmp_path / "log"], NoSplit()).pieces("train", list(columns), dictionaries=True)
+    found = [piece.rows for piece in pieces]
+    types = {name: found[0].schema.field(name).type for name in columns}
+    assert pa.types.is_dictionary(types["few"]) and pa.types.is_dictionary(types["lists"].value_type)
+    assert types["many"] == pa.string()
+    for name, values in columns.items():
+        assert [value for piece in found for value in piece.column(name).to_pylist()] == values
+
+
 def test_row_groups_of_unknown_times_are_read(tmp_path):
     """No statistics, a null among them, nanoseconds that Python has no time for, a column that is no time."""
     split = TimeSplit(column="time", validation=10, test=20)
     columns = {
         "null": pa.array([1, None]), "odd": pa.array([1, 10**18 + 1]).cast(pa.timestamp("ns")),
-        "text": pa.array(["a", "b"]), "lists": pa.array([[1], [2]]), "late": pa.array([9, 10]),
+        "far": pa.array([0, 2**62]).cast(pa.timestamp("us")), "text": pa.array(["a", "b"]),
+        "lists": pa.array([[1], [2]]), "late": pa.array([9, 10]),
     }  # fmt: skip
     for name, column in columns.items():
         pq.write_table(pa.table({"time": column}), tmp_path / name)
         assert [group.part for group in ParquetRows([tmp_path / name], split).row_groups] == [""]
+    twice = pa.table({"t": pa.array([{"b": 1}, {"b": 2}]), "t.b": [11, 30]})
+    pq.write_table(twice, tmp_path / "twice")
+    for columns in (["t", "t.b"], ["t"]):
+        pq.write_table(twice.select(columns), tmp_path / "twice")
+        rows = ParquetRows([tmp_path / "twice"], TimeSplit(column="t.b", validation=10, test=20))
+        assert rows.row_groups[0].part == ""
     pq.write_table(pa.table({"time": [1, 2]}), tmp_path / "bare", write_statistics=False)
     rows = ParquetRows([tmp_path / "bare"], split)
     assert rows.row_groups[0].part == "" and numbers(rows.pieces("train")) == [0, 1]
@@ -436,8 +459,8 @@ def test_the_pieces_of_a_window_do_not_outlive_it(log, monkeypatch):
         return batch
 
     monkeypatch.setattr(Encoder, "encode", remembered)
-    windows = log.loader()._windows(0, 0, map)
-    _, window, order = next(windows)
+    with ThreadPoolExecutor(1) as pool:
+        _, window, order = next(log.loader()._windows(0, 0, pool, 1))
     assert len(pieces) > 1 and all(piece() is None for piece in pieces)
     assert len(window) == len(order) >= 20
 
@@ -505,11 +528,25 @@ def test_reading_shares_nothing_out_among_threads_of_torch():
 
 
 def test_errors_of_encoding_come_out_of_the_loader(log, torch_threads):
-    torch.set_num_threads(3)
-    wrong = table(57, 9).set_column(3, "y", pa.array([0, 1, 0, 1, 0, 2, 0, 1, 0]))
+    """After all that was good, with no thread left behind, though the error is still at hand."""
+    wrong = table(33, 9).set_column(3, "y", pa.array([0, 1, 0, 1, 0, 2, 0, 1, 0]))
     pq.write_table(wrong, log.files[1])
-    with pytest.raises(InputError, match=r"part-1.parquet, row 5: label 'y' is 2"):
-        list(log.loader())
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        before, found = set(threading.enumerate()), []
+        with pytest.raises(InputError, match=r"part-1.parquet, row 5: label 'y' is 2") as caught:
+            found.extend(batch.index.tolist() for batch in log.loader(seed=None, batch_size=6))
+        assert caught.value and started(before) == [] and flat(found) == list(range(33 - 33 % 6))
+
+
+def test_errors_of_reading_come_after_what_was_good(log, torch_threads):
+    pq.write_table(table(33, 24).drop_columns("item"), log.files[1])
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        before, found = set(threading.enumerate()), []
+        with pytest.raises(InputError, match="no column 'item'") as caught:
+            found.extend(batch.index.tolist() for batch in log.loader(seed=None, batch_size=6))
+        assert caught.value and started(before) == [] and flat(found) == list(range(33 - 33 % 6))
 
 
 def test_epochs_and_seeds_differ(log):

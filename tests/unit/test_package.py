@@ -1,6 +1,7 @@
 """How the package is built: importing it does nothing, its rooms are small and named, nothing in it can unpickle."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,23 @@ assert not heavy, f"imported {sorted(heavy)}"
     assert done.returncode == 0, done.stderr
     assert (done.stdout, done.stderr) == ("", "")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "settled"),
+    [({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_the_command_settles_openmp_before_torch_is_there(given, settled, monkeypatch):
+    script = """
+import os, sys
+from scalerec.__main__ import settle_openmp
+settle_openmp()
+assert "torch" not in sys.modules
+print(os.environ.get("GOMP_SPINCOUNT"))
+"""
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    done = subprocess.run([sys.executable, "-c", script], env={**os.environ, **given}, capture_output=True, text=True)
+    assert done.stdout.strip() == str(settled), done.stderr
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.name == "__init__.py"], ids=name_of)

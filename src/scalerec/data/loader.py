@@ -6,7 +6,7 @@ import atexit
 import queue
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import closing
 from functools import partial
@@ -37,10 +37,9 @@ class Position(NamedTuple):
 
 
 BEGINNING = Position()
-WORKERS = 4  # threads that encode: more would wait for Parquet, and each holds a piece
+WORKERS = 4  # threads that encode: more would wait for Parquet, and hold more pieces
 
 Cut = tuple[list[tuple[Batch, Tensor]], Position]  # rows of windows that make a batch, and where it ends
-Each = Callable[[Callable[[S], T], Iterable[S]], Iterator[T]]  # a function of each item, in their order
 
 
 class Loader:
@@ -75,25 +74,25 @@ class Loader:
     def _batches(self, epoch: int, start: Position, threads: int) -> Generator[tuple[Batch, Position], None, None]:
         # All of torch's work is done in this pool: another thread would share it out among threads of its own, and with
         # more of them than cores OpenMP lets all, those of the training too, sleep between operations.
-        with single_threads(threads) as pool:
-            each = partial(in_order, pool, threads)
-            yield from each(partial(self._batch, epoch), self._cuts(epoch, start, each))
+        with single_threads(threads) as pool, closing(self._cuts(epoch, start, pool, threads)) as cuts:
+            yield from in_order(pool, threads, partial(self._batch, epoch), cuts)
 
-    def _cuts(self, epoch: int, start: Position, each: Each) -> Iterator[Cut]:
+    def _cuts(self, epoch: int, start: Position, pool: Executor, threads: int) -> Generator[Cut, None, None]:
         """Which rows of which windows the next batch holds."""
         cut: list[tuple[Batch, Tensor]] = []
         held, row = 0, start.row
         here = start
-        for piece, window, order in ahead(self._windows(epoch, start.piece, each), 1):
-            while row < len(order):
-                take = min(self.batch_size - held, len(order) - row)
-                cut.append((window, order[row : row + take]))
-                held, row = held + take, row + take
-                here = Position(piece, row)
-                if held == self.batch_size:
-                    yield cut, here
-                    cut, held = [], 0
-            row = 0
+        with closing(ahead(self._windows(epoch, start.piece, pool, threads), 1)) as windows:
+            for piece, window, order in windows:
+                while row < len(order):
+                    take = min(self.batch_size - held, len(order) - row)
+                    cut.append((window, order[row : row + take]))
+                    held, row = held + take, row + take
+                    here = Position(piece, row)
+                    if held == self.batch_size:
+                        yield cut, here
+                        cut, held = [], 0
+                row = 0
         if held:
             yield cut, here
 
@@ -107,24 +106,27 @@ class Loader:
             batch = transform(batch, self.encoder.layout, rng)
         return batch, end
 
-    def _windows(self, epoch: int, start: int, each: Each) -> Generator[tuple[int, Batch, Tensor], None, None]:
+    def _windows(
+        self, epoch: int, start: int, pool: Executor, threads: int
+    ) -> Generator[tuple[int, Batch, Tensor], None, None]:
         """(first piece, rows, the order in which to take them) of each window."""
         order = None
         if self.seed is not None:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows.row_groups)).tolist()
         parts: list[Batch] = []
         first = start
-        pieces = ahead(self.rows.pieces(self.part, self.columns, order, start, dictionaries=True), 2)
-        for number, batch, counts in each(self._encoded, (piece for piece in pieces if piece.rows.num_rows)):
-            self.counts += counts
-            if not parts:
-                first = number
-            parts.append(batch)
-            del batch  # in `parts` alone, which are let go before their window is handed out
-            if sum(map(len, parts)) >= self.window_rows:
-                yield from each(partial(self._window, epoch, first), [parts])
+        with closing(ahead(self.rows.pieces(self.part, self.columns, order, start, dictionaries=True), 2)) as pieces:
+            filled = (piece for piece in pieces if piece.rows.num_rows)
+            for number, batch, counts in in_order(pool, threads, self._encoded, filled):
+                self.counts += counts
+                if not parts:
+                    first = number
+                parts.append(batch)
+                del batch  # in `parts` alone, which are let go before their window is handed out
+                if sum(map(len, parts)) >= self.window_rows:
+                    yield pool.submit(self._window, parts, epoch, first).result()
         if parts:
-            yield from each(partial(self._window, epoch, first), [parts])
+            yield pool.submit(self._window, parts, epoch, first).result()
 
     def _encoded(self, piece: Piece) -> tuple[int, Batch, Counter[str]]:
         counts, where = Counter[str](), str(piece.group.file)
@@ -132,7 +134,7 @@ class Loader:
         batch = self.encoder.encode(piece.rows, index=piece.index, where=where, first=first, counts=counts)
         return piece.number, batch, counts
 
-    def _window(self, epoch: int, first: int, parts: list[Batch]) -> tuple[int, Batch, Tensor]:
+    def _window(self, parts: list[Batch], epoch: int, first: int) -> tuple[int, Batch, Tensor]:
         """The rows of `parts`, which is emptied (or they would lie in memory beside their window), and their order."""
         window = share(Batch.cat(parts)) if len(parts) > 1 else parts[0]
         parts.clear()
@@ -142,16 +144,29 @@ class Loader:
         return first, window, torch.from_numpy(order)
 
 
-def in_order(pool: Executor, threads: int, work: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
-    """work(item) of each item in their order, `threads` of them at work in the pool at once."""
+def in_order(pool: Executor, threads: int, work: Callable[[S], T], items: Iterator[S]) -> Iterator[T]:
+    """work(item) of each item in their order, `threads` of them and one more in the pool's hands.
+
+    An error of `items` comes after what was good.
+    """
     waiting: deque[Future[T]] = deque()
-    for item in items:
-        waiting.append(pool.submit(work, item))
-        del item  # or it would stay in memory until the next one is there
+    failure: Exception | None = None
+    while failure is None:
+        try:
+            waiting.append(pool.submit(work, next(items)))
+        except StopIteration:
+            break
+        except Exception as error:
+            failure = error
         if len(waiting) > threads:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
+    if failure is not None:
+        try:
+            raise failure
+        finally:
+            del failure  # or its traceback would keep this frame, and with it whatever made the items
 
 
 def ahead(items: Generator[T, None, None], depth: int) -> Generator[T, None, None]:

@@ -19,6 +19,7 @@ from scalerec.errors import InputError
 from scalerec.schema import Schema
 
 PIECE_ROWS = 16_384
+DICTIONARY = 1 << 20  # bytes at which writers of Parquet give it up; beside it a value takes at most 3
 
 
 def find_parquet(path: str | Path) -> list[Path]:
@@ -119,7 +120,7 @@ class ParquetRows:
     def _read(self, group: RowGroup, wanted: list[str] | None, dictionaries: bool) -> Iterator[pa.RecordBatch]:
         try:
             metadata = pq.read_metadata(group.file)
-            coded = _text(metadata, wanted) if dictionaries and wanted is not None else None
+            coded = _coded(metadata, group.number, wanted) if dictionaries and wanted is not None else None
             with pq.ParquetFile(group.file, metadata=metadata, read_dictionary=coded) as file:
                 names = file.schema_arrow.names
                 if wanted is not None:
@@ -134,27 +135,24 @@ class ParquetRows:
 
     def _parts_of_groups(self, metadata: pq.FileMetaData) -> list[str]:
         """Of each row group the one part of all its rows, "" where that is not known without reading them."""
-        unknown = [""] * metadata.num_row_groups
-        paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
-        if not isinstance(self.split, (ColumnSplit, TimeSplit)) or self.split.column not in paths:
-            return unknown
-        place = paths.index(self.split.column)
-        column = metadata.schema.to_arrow_schema().field(self.split.column)
-        parts = []
-        for number in range(metadata.num_row_groups):
-            found = metadata.row_group(number).column(place).statistics
-            if found is None or not found.has_min_max or found.null_count != 0:
-                parts.append("")
-                continue
-            try:
-                ends = pa.array([found.min, found.max], column.type)
-                first, last = self.split.part_of(pa.record_batch([ends], [column.name]), 0)
-            except (InputError, ValueError):  # not a column to split by, which reading will say; nanoseconds
-                return unknown
+        groups, paths = range(metadata.num_row_groups), _paths(metadata)
+        name = self.split.column if isinstance(self.split, (ColumnSplit, TimeSplit)) else ""
+        if paths.count(name) != 1 or name not in metadata.schema.to_arrow_schema().names:
+            return [""] * len(groups)
+        kind, place = metadata.schema.to_arrow_schema().field(name).type, paths.index(name)
+        return [self._one_part(metadata.row_group(group).column(place).statistics, kind) for group in groups]
+
+    def _one_part(self, found: pq.Statistics | None, kind: pa.DataType) -> str:
+        if found is None or not found.has_min_max or found.null_count != 0:
+            return ""
+        try:
+            ends = pa.record_batch([pa.array([found.min, found.max], kind)], columns_of(self.split))
+            first, last = self.split.part_of(ends, 0)
             # Between two times of one part lie only times of that part, but between two texts any other.
             known = first == last and (isinstance(self.split, TimeSplit) or found.min == found.max)
-            parts.append(PARTS[first] if known else "")
-        return parts
+        except (InputError, ValueError, TypeError, ArithmeticError, NotImplementedError):
+            return ""  # times that Python has no numbers for; a column not to split by, which reading will say
+        return PARTS[first] if known else ""
 
     def _part(self, rows: pa.RecordBatch, part: Part, first: int, group: RowGroup) -> tuple[pa.RecordBatch, np.ndarray]:
         numbers = np.arange(first, first + rows.num_rows)
@@ -175,10 +173,23 @@ class ParquetRows:
         self.counts[f"{file}: unreadable, left out"] = 1
 
 
-def _text(metadata: pq.FileMetaData, columns: Sequence[str]) -> list[str]:
-    """The paths of what is text in these columns, in lists too."""
-    leaves = [metadata.schema.column(i) for i in range(metadata.num_columns)]
-    return [leaf.path for leaf in leaves if leaf.logical_type.type == "STRING" and leaf.path.split(".")[0] in columns]
+def _paths(metadata: pq.FileMetaData) -> list[str]:
+    """Of all columns of numbers or text that the file holds, within lists and records too."""
+    return [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+
+
+def _coded(metadata: pq.FileMetaData, group: int, columns: Sequence[str]) -> list[str]:
+    """The paths of what is text in these columns, in lists too, and all of it coded by a dictionary in this row group.
+
+    Where there are too many different values Parquet goes on without one, and each piece would carry all before it.
+    """
+    found = []
+    for i, path in enumerate(_paths(metadata)):
+        if metadata.schema.column(i).logical_type.type == "STRING" and path.split(".")[0] in columns:
+            chunk = metadata.row_group(group).column(i)
+            if chunk.has_dictionary_page and chunk.total_uncompressed_size <= DICTIONARY + 3 * chunk.num_values:
+                found.append(path)
+    return found
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def _hash_texts(values: pa.Array) -> np.ndarray:
 def by_dictionary(column: pa.DictionaryArray, work: Callable[[pa.Array], np.ndarray], missing: int) -> np.ndarray:
     """work(values) of the different values, spread over the column [n], and `missing` for null."""
     values = column.dictionary
-    if len(values) > len(column) or values.null_count:  # it is the whole row group's, or names null a value
+    if len(values) > len(column) or values.null_count:  # of a whole file, or with null among them
         column = column.dictionary_decode().dictionary_encode()
     found = work(column.dictionary)
     of_values = np.append(found, found.dtype.type(missing))
