@@ -11,11 +11,11 @@ arrays that `np.load` reads, ready to be looked up. Starting Python, importing (
 first is made, too) and testing are outside on all sides.
 
 The same for all: the columns of ids (KuaiRand: numbers in their buckets, without histories), vectors of 16, three full
-crosses beside an MLP of 256 and 128, one task, batches of 1,024 shuffled rows, Adam with a rate of 1e-3, threads. The
-others' loaders get as many processes as is quickest. Not the same: theirs is Adam over whole tables and ours over the
-rows of a step (`--training.optimizer.embedding adamw`), which is what each has, and its rate for tables is ten times as
-high (chosen of four on validation rows; the others keep 1e-3), since Adam over whole tables goes on moving a row for
-some thirty steps after each that saw it; torch-rechub's MLP has batch
+crosses beside an MLP of 256 and 128, one task, batches of 1,024 shuffled rows, Adam with a rate of 1e-3, threads, and
+how long those of OpenMP wait for work. The others' loaders get as many processes as is quickest. Not the same: theirs
+is Adam over whole tables and ours over the rows of a step (`--training.optimizer.embedding adamw`), which is what each
+has, and its rate for tables is ten times as high (chosen of four on validation rows; the others keep 1e-3), since Adam
+over whole tables goes on moving a row for some thirty steps after each that saw it; torch-rechub's MLP has batch
 normalisation, which cannot be turned off; each starts as it does by itself.
 
 `auc_difference_*`: AUC of ours less that of the better of the two after that epoch, with its 95 % interval over users.
