@@ -15,8 +15,8 @@ that pyarrow has for the same columns.
 `memory_ratio`: peak memory of a whole training of the tiny RankMixer on ten times `--rows` synthetic rows, over that on
 one time.
 
-Of all threads and, in keys that end in `_one_thread`, of one thread of torch (the loader encodes on
-as many, pyarrow has its pool in both). Where KuaiRand is not at hand the first two are left out.
+Of all threads and, in keys that end in `_one_thread`, of one thread of torch (the loader encodes on as many, pyarrow
+has its pool in both). Where KuaiRand is not at hand the first two are left out.
 """
 
 from __future__ import annotations
