@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import itertools
-import os
 import subprocess
 import sys
 import threading
@@ -26,6 +25,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from scalerec.batch import Batch
+from scalerec.data import loader as loader_module
 from scalerec.data import reader
 from scalerec.data.loader import Loader, Position, ahead
 from scalerec.data.reader import ParquetRows, check_parts, count_parts, find_parquet
@@ -491,40 +491,22 @@ def test_any_number_of_threads_makes_the_same_batches_and_counts(log, torch_thre
     assert made[0][1] == {"rows": 57, "user: not in the vocabulary, read as unknown": 57 - 25}
 
 
-THREADS = """
-import os, sys, tempfile, threading
-from pathlib import Path
-import numpy as np, pyarrow as pa, pyarrow.parquet as pq, torch
-from scalerec.data.loader import Loader
-from scalerec.data.reader import ParquetRows
-from scalerec.data.split import NoSplit
-from scalerec.features.encoder import Encoder
-from scalerec.schema import Categorical, Group, Schema
-
-def foreign():
-    return len(os.listdir("/proc/self/task")) - threading.active_count()
-
-pa.set_cpu_count(1), pa.set_io_thread_count(1)
-torch.set_num_threads(3)
-features = tuple(Categorical(name=f"x{i}", column="x") for i in range(4))
-schema = Schema(groups=(Group(name="g", side="user", features=features),), tasks=(), user="x")
-with tempfile.TemporaryDirectory() as folder:
-    pq.write_table(pa.table({"x": np.arange(300_000)}), f"{folder}/x.parquet", row_group_size=50_000)
-    rows = ParquetRows([Path(folder) / "x.parquet"], NoSplit())
-    encoder = Encoder.fit(schema, rows.batches("train"))
-    loader = Loader(rows, encoder, "train", 50_000, seed=0, window_rows=100_000)
-    found = {foreign()} | {foreign() for _ in loader}
-    torch.ones(1_000_000).add(1)
-    print(len(found), foreign() > max(found))
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads as Linux does")
-def test_reading_shares_nothing_out_among_threads_of_torch():
+def test_reading_shares_nothing_out_among_threads_of_torch(log, monkeypatch, torch_threads):
     """OpenMP counts them: with more than there are cores those of a training would sleep between operations."""
-    variables = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, env=variables)
-    assert done.stdout.strip() == "1 True", done.stdout + done.stderr
+    torch.set_num_threads(3)
+    met: list[tuple[str, int]] = []
+
+    def noted(name: str, work: Any) -> Any:
+        def noting(*given: Any, **named: Any) -> Any:
+            met.append((name, torch.get_num_threads()))
+            return work(*given, **named)
+
+        return noting
+
+    for owner, name in ((Encoder, "encode"), (loader_module, "share"), (Batch, "take")):
+        monkeypatch.setattr(owner, name, noted(name, getattr(owner, name)))
+    assert sum(map(len, log.loader(rank=0, world=2))) > 20
+    assert set(met) == {("encode", 1), ("share", 1), ("take", 1)} and torch.get_num_threads() == 3
 
 
 def test_errors_of_encoding_come_out_of_the_loader(log, torch_threads):

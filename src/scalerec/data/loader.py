@@ -124,9 +124,9 @@ class Loader:
                 parts.append(batch)
                 del batch  # in `parts` alone, which are let go before their window is handed out
                 if sum(map(len, parts)) >= self.window_rows:
-                    yield pool.submit(self._window, parts, epoch, first).result()
+                    yield first, *pool.submit(self._window, parts, epoch, first).result()
         if parts:
-            yield pool.submit(self._window, parts, epoch, first).result()
+            yield first, *pool.submit(self._window, parts, epoch, first).result()
 
     def _encoded(self, piece: Piece) -> tuple[int, Batch, Counter[str]]:
         counts, where = Counter[str](), str(piece.group.file)
@@ -134,14 +134,14 @@ class Loader:
         batch = self.encoder.encode(piece.rows, index=piece.index, where=where, first=first, counts=counts)
         return piece.number, batch, counts
 
-    def _window(self, parts: list[Batch], epoch: int, first: int) -> tuple[int, Batch, Tensor]:
+    def _window(self, parts: list[Batch], epoch: int, first: int) -> tuple[Batch, Tensor]:
         """The rows of `parts`, which is emptied (or they would lie in memory beside their window), and their order."""
         window = share(Batch.cat(parts)) if len(parts) > 1 else parts[0]
         parts.clear()
         if self.seed is None:
-            return first, window, torch.arange(len(window))
+            return window, torch.arange(len(window))
         order = np.random.default_rng([self.seed, epoch, first]).permutation(len(window))
-        return first, window, torch.from_numpy(order)
+        return window, torch.from_numpy(order)
 
 
 def in_order(pool: Executor, threads: int, work: Callable[[S], T], items: Iterator[S]) -> Iterator[T]:

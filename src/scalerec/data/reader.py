@@ -135,11 +135,13 @@ class ParquetRows:
 
     def _parts_of_groups(self, metadata: pq.FileMetaData) -> list[str]:
         """Of each row group the one part of all its rows, "" where that is not known without reading them."""
-        groups, paths = range(metadata.num_row_groups), _paths(metadata)
-        name = self.split.column if isinstance(self.split, (ColumnSplit, TimeSplit)) else ""
-        if paths.count(name) != 1 or name not in metadata.schema.to_arrow_schema().names:
+        groups = range(metadata.num_row_groups)
+        if not isinstance(self.split, (ColumnSplit, TimeSplit)):
             return [""] * len(groups)
-        kind, place = metadata.schema.to_arrow_schema().field(name).type, paths.index(name)
+        name, paths, schema = self.split.column, _paths(metadata), metadata.schema.to_arrow_schema()
+        if paths.count(name) != 1 or name not in schema.names:
+            return [""] * len(groups)
+        place, kind = paths.index(name), schema.field(name).type
         return [self._one_part(metadata.row_group(group).column(place).statistics, kind) for group in groups]
 
     def _one_part(self, found: pq.Statistics | None, kind: pa.DataType) -> str:

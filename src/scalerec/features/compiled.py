@@ -16,12 +16,18 @@ _COUNTED = 256  # edges: up to so many, comparing with all of them (eight or six
 
 
 @_compiled
-def hash_table(values):  # pragma: no cover - compiled
-    """Where each of `values` [V] int64, all different, stands: open addressing, at most half full, -1 where free."""
+def _free_slots(count):  # pragma: no cover - compiled
+    """The empty table of `count` values and the logarithm of its size: open addressing, at most half full, -1 free."""
     bits = 2
-    while 1 << bits < 2 * len(values):
+    while 1 << bits < 2 * count:
         bits += 1
-    slots = np.full(1 << bits, -1, np.int64)
+    return np.full(1 << bits, -1, np.int64), bits
+
+
+@_compiled
+def hash_table(values):  # pragma: no cover - compiled
+    """Where each of `values` [V] int64, all different, stands."""
+    slots, bits = _free_slots(len(values))
     for i in range(len(values)):
         slot = _slot(values[i], bits)
         while slots[slot] >= 0:
@@ -48,10 +54,7 @@ def places(values, slots, wanted, otherwise, shift):  # pragma: no cover - compi
 @_compiled
 def distinct(values):  # pragma: no cover - compiled
     """Where each of the different `values` [n] uint64 stands first, in that order, and which of these each one is."""
-    bits = 2
-    while 1 << bits < 2 * len(values):
-        bits += 1
-    slots = np.full(1 << bits, -1, np.int64)
+    slots, bits = _free_slots(len(values))
     first, place = np.empty(len(values), np.int64), np.empty(len(values), np.int64)
     count = 0
     for i in range(len(values)):
