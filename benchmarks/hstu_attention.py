@@ -67,7 +67,7 @@ def make_inputs(lengths: list[int], heads: int, width: int, dtype: torch.dtype, 
 def planned(inputs: Inputs) -> Inputs:
     """The same with a plan in place of the times."""
     times = {name: inputs[name] for name in ("query_times", "key_times")}
-    plan = attention_plan(inputs["offsets"], **times, buckets=BUCKETS)
+    plan = attention_plan(inputs["offsets"], **times, buckets=BUCKETS, dtype=inputs["q"].dtype)
     return {name: value for name, value in inputs.items() if name not in times} | {"plan": plan}
 
 

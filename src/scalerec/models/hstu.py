@@ -167,8 +167,9 @@ class HSTU(SequentialModel):
         plan = None  # of the fast path alone
         if tokens.times.device.type == "cpu" and self.config.attention == "silu":
             plan = attention_plan(
-                tokens.offsets, **asked, buckets=TIME_BUCKETS, time_log_base=self.config.time_log_base
-            )
+                tokens.offsets, **asked, buckets=TIME_BUCKETS, time_log_base=self.config.time_log_base,
+                dtype=torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype,
+            )  # fmt: skip
         across = Across(tokens.offsets, plan, upcoming, tokens.times)
         keys, values = [], []
         for layer in self.layers:

@@ -23,7 +23,8 @@ from scalerec.ops._hstu_pairs import slopes, weigh
 from scalerec.ops._hstu_plan import AttentionPlan, Group, Places, Times, bucket_type, cut, tile_buckets
 from scalerec.ops._threads import in_threads, scratch
 
-BLOCK = 1 << 18  # scores at once: few enough for the second cache, and worth the call
+BLOCK = 1 << 20  # scores at once, worth the calls: behind a product each of them takes 50 us, for it finds cold caches
+LARGE = 100  # rows of a product that may go where it belongs one by one; MKL writes batches to contiguous memory only
 NOTHING = np.empty((0, 0, 0), np.uint8)
 
 
@@ -215,12 +216,13 @@ class Totals:
 
 
 def _parts(plan: AttentionPlan, heads: int, bias: Bias) -> list[Work]:
-    """The groups of a plan in parts that fit the second cache, and in more where there are too few for all threads."""
+    """The groups of a plan in parts of a BLOCK, and in smaller ones where there are too few for all threads."""
     threads, parts, first = torch.get_num_threads(), [], 0
+    block = BLOCK if threads == 1 else min(BLOCK, heads * sum(group.pairs for group in plan.groups) // (2 * threads))
     for group in plan.groups:
         largest = max((tile.end - tile.first) * (tile.right - tile.left) for tile in group.tiles)
         sequences = len(group.queries.read)
-        edges = cut(0, sequences, max(1, BLOCK // (largest * heads)))
+        edges = cut(0, sequences, max(1, block // (largest * heads)))
         turns = min(heads, max(1, threads // max(1, len(plan.offsets) - 1)))
         by_head = [slice(a, b) for a, b in cut(0, heads, -(-heads // turns))]
         parts += [Work(group, first, begin, end, head, bias) for begin, end in edges for head in by_head]
@@ -323,7 +325,7 @@ class HSTUAttention(torch.autograd.Function):
 
 def _add(total: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
     """Add the batched product a b [P, n, d] times a factor."""
-    if total.is_contiguous() and total.dtype == a.dtype:
+    if total.dtype == a.dtype and (total.is_contiguous() or total.shape[1] >= LARGE):
         total.baddbmm_(a, b, alpha=factor)
-    else:  # MKL writes batches to contiguous memory only
+    else:
         total.add_(torch.bmm(a, b, out=scratch("product", a.dtype, *total.shape)), alpha=factor)

@@ -19,10 +19,19 @@ from torch import Tensor
 from scalerec.ops._threads import scratch
 
 TIME_LOG_BASE = 0.301  # log10(2), but of natural logarithms: a quirk of the published code, kept for comparability
-COARSE = 512  # rows and keys of a tile: few steps, and what one of them needs is about as large as the second cache
-FINE = 128  # rows of a tile on the diagonal, half of whose last square is in vain
-STRIPS = 4  # of a short sequence
+STRIPS = 4  # of a short sequence, at most
 OVERHEAD = 50_000  # pairs that could be worked out in the time that another group costs
+
+
+class Sizes(NamedTuple):
+    """Of tiles: what half a square on the diagonal wastes against what small products lose."""
+
+    coarse: int  # rows and keys of a tile
+    fine: int  # rows of a strip on the diagonal, at most
+    least: int  # rows of a strip, unless the sequence has fewer
+
+
+SIZES, SIZES_OF_BF16 = Sizes(512, 128, 48), Sizes(1024, 512, 512)  # AMX has no use for small products
 
 
 class Tile(NamedTuple):
@@ -52,6 +61,11 @@ class Group:
     causal: bool
     tiles: tuple[Tile, ...]
     buckets: tuple[Tensor, ...] | None = None  # of every tile [sequences, R, C], uint8 or int16
+
+    @property
+    def pairs(self) -> int:
+        """Of rows and keys, in all tiles."""
+        return sum(tile.sequences * (tile.end - tile.first) * (tile.right - tile.left) for tile in self.tiles)
 
 
 @dataclass(frozen=True)
@@ -99,13 +113,14 @@ def tile_buckets(group: Group, tile: Tile, begin: int, end: int, times: Times, o
     return out.copy_(_to_places(gap.abs_(), times.count, times.log_base))
 
 
-def make_plan(offsets: Tensor, targets: Tensor | None) -> AttentionPlan:
-    """Offsets [S + 1] and targets [S] -> groups without buckets."""
+def make_plan(offsets: Tensor, targets: Tensor | None, dtype: torch.dtype) -> AttentionPlan:
+    """Offsets [S + 1], targets [S] and the format of q -> groups without buckets."""
+    sizes = SIZES_OF_BF16 if dtype == torch.bfloat16 else SIZES
     edges = offsets.tolist()
     last = [0] * (len(edges) - 1) if targets is None else targets.tolist()
     spans = [(b - a - m, m, a) for (a, b), m in zip(pairwise(edges), last)]  # history, candidates, first token
-    groups = [_causal(part) for part in _similar([(n, n, a) for n, _, a in spans if n])]
-    groups += [_rectangle(part) for part in _similar([(n, m, a) for n, m, a in spans if n and m])]
+    groups = [_causal(part, sizes) for part in _similar([(n, n, a) for n, _, a in spans if n])]
+    groups += [_rectangle(part, sizes.coarse) for part in _similar([(n, m, a) for n, m, a in spans if n and m])]
     causal = [group.queries for group in groups if group.causal]
     rows, keys = (_rows(places, edges[-1]) for places in ([group.queries for group in groups], causal))
     targets = targets if targets is not None and any(last) else None
@@ -164,24 +179,25 @@ def cut(first: int, end: int, height: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def _causal(spans: list[tuple[int, int, int]]) -> Group:
+def _causal(spans: list[tuple[int, int, int]], sizes: Sizes) -> Group:
     lengths = [n for n, _, _ in spans]
     places = _places([a for _, _, a in spans], lengths)
-    fine = FINE if lengths[0] > 2 * FINE else max(16, -(-lengths[0] // STRIPS))
+    strips = max(1, min(STRIPS, lengths[0] // sizes.least))
+    fine = min(sizes.fine, -(-lengths[0] // strips))
     tiles = []
-    for first, end in cut(0, lengths[0], COARSE):
-        for left, right in cut(0, first, COARSE) if first else []:
+    for first, end in cut(0, lengths[0], sizes.coarse):
+        for left, right in cut(0, first, sizes.coarse) if first else []:
             tiles.append(Tile(first, end, left, right, sum(n > first for n in lengths)))
         for upper, lower in cut(first, end, fine):
             tiles.append(Tile(upper, lower, first, lower, sum(n > upper for n in lengths)))
     return Group(places, places, True, tuple(tiles))
 
 
-def _rectangle(spans: list[tuple[int, int, int]]) -> Group:
+def _rectangle(spans: list[tuple[int, int, int]], coarse: int) -> Group:
     rows, keys = max(m for _, m, _ in spans), spans[0][0]
     queries = _places([a + n for n, _, a in spans], [m for _, m, _ in spans])
     history = _places([a for _, _, a in spans], [n for n, _, _ in spans], at_end=True)
-    tiles = [Tile(*i, *j, len(spans)) for i in cut(0, rows, COARSE) for j in cut(0, keys, COARSE)]
+    tiles = [Tile(*i, *j, len(spans)) for i in cut(0, rows, coarse) for j in cut(0, keys, coarse)]
     return Group(queries, history, False, tuple(tiles))
 
 

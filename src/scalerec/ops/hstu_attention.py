@@ -32,9 +32,13 @@ def attention_plan(
     key_times: Tensor | None = None,
     buckets: int = 129,
     time_log_base: float = TIME_LOG_BASE,
+    dtype: torch.dtype = torch.float32,
 ) -> AttentionPlan:
-    """What all layers share of one batch: offsets [S + 1], targets [S], times [T]; a byte for every pair with times."""
-    plan = make_plan(offsets, targets)
+    """What all layers share of one batch: offsets [S + 1], targets [S], times [T]; a byte for every pair with times.
+
+    Its tiles are those that suit q, k and v of `dtype`; others go through them too, only not as fast.
+    """
+    plan = make_plan(offsets, targets, dtype)
     if query_times is None or key_times is None:
         return plan
     return with_buckets(plan, Times(query_times.double(), key_times.double(), buckets, time_log_base))
@@ -73,7 +77,7 @@ def hstu_attention(
     times = None
     if time is not None and query_times is not None and key_times is not None:
         times = Times(query_times.double(), key_times.double(), time.numel(), time_log_base)
-    plan = plan or make_plan(offsets, targets)
+    plan = plan or make_plan(offsets, targets, q.dtype)
     out = HSTUAttention.apply(q, k, v, position, time, plan, times, scale, alpha)
     return out if plan.targets is None else _add_own(out, q, k, v, offsets, plan, position, time, times, scale, alpha)
 
