@@ -126,7 +126,7 @@ def test_buckets() -> None:
 
 # -- the jagged path against the padded one
 
-MIXES = [[1], [0, 2, 200], [63, 64, 65], [1, 1, 1, 2, 30], [130, 5, 128, 0, 127, 129], [513, 3]]
+MIXES = [[1], [0, 2, 200], [95, 96, 97], [1, 1, 1, 2, 30], [130, 5, 128, 0, 127, 129], [513, 3]]
 
 
 @pytest.mark.parametrize("biases", ["pt", "p", "t", ""])
@@ -153,12 +153,21 @@ def test_a_plan_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("biases", ["pt", ""])
+@pytest.mark.parametrize("lengths", [[200, 65, 130], [1030, 65, 600]], ids=str)
 @pytest.mark.parametrize("targets", [None, [3, 0, 40]])
-def test_bf16(biases: str, targets: list[int] | None) -> None:
+def test_bf16(biases: str, lengths: list[int], targets: list[int] | None) -> None:
     """Against the definition in float64 on the same rounded numbers: 1 % of the largest entry, a few bf16 roundings."""
-    c = case([200, 65, 130], heads=2, d_qk=16, d_v=12, biases=biases, targets=targets, dtype=torch.bfloat16)
+    c = case(lengths, heads=2, d_qk=16, d_v=12, biases=biases, targets=targets, dtype=torch.bfloat16)
     exact = {name: x.double() if name in ("q", "k", "v", "position", "time") else x for name, x in c.items()}
     assert_close(gradients(hstu_attention, c), gradients(hstu_attention_reference, exact), 1e-2)
+
+
+def test_tiles_of_another_format_serve_as_well() -> None:
+    c = case([600, 40], heads=2, targets=[5, 0])
+    times = {name: c[name] for name in ("query_times", "key_times")}
+    plan = attention_plan(c["offsets"], targets=c["targets"], **times, dtype=torch.bfloat16)
+    assert len(plan.groups[0].tiles) < len(attention_plan(c["offsets"], targets=c["targets"]).groups[0].tiles)
+    assert_close(gradients(hstu_attention, c | {"plan": plan}), gradients(hstu_attention, c), 1e-5)
 
 
 def test_float64() -> None:
