@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from scalerec.ops._bf16 import array
 from scalerec.ops._hstu_pairs import slopes, weigh
 from scalerec.ops._hstu_plan import AttentionPlan, Group, Places, Times, bucket_type, cut, tile_buckets
+from scalerec.ops._hstu_rows import pack, unpack
 from scalerec.ops._threads import in_threads, scratch
 
 BLOCK = 1 << 20  # scores at once: a product takes some 40 us, in bf16 80, whatever its size
@@ -72,6 +73,7 @@ class Pairs(NamedTuple):
     """What `_hstu_pairs` asks of the pairs of a step."""
 
     per: int
+    real: np.ndarray
     first: int
     stride: int
     left: int
@@ -93,41 +95,25 @@ class Step(NamedTuple):
 class Work:
     """Sequences [begin, end) of a group with some of their heads, packed, and their tiles one after the other."""
 
-    def __init__(self, group: Group, first: int, begin: int, end: int, head: slice, bias: Bias):
+    def __init__(self, group: Group, begin: int, end: int, head: slice, bias: Bias):
         self.group, self.begin, self.end, self.bias = group, begin, end, bias
-        self.first = first + begin * group.queries.read.shape[1]  # row of the first query among those of all groups
         self.head, self.heads = head, head.stop - head.start
         self.cost = sum(
             max(0, min(tile.sequences, end) - begin) * (tile.end - tile.first) * (tile.right - tile.left) * self.heads
             for tile in group.tiles
         )
 
-    def pack(self, name: str, x: Tensor, places: Places, clean: bool = False) -> Tensor:
-        """[T, H, d] -> [P, n, d]; what is padded is zero if `clean`, of the same sequence if not."""
-        x = x[:, self.head]
-        index = places.read[self.begin : self.end]
-        sequences, longest = index.shape
-        heads, width = x.shape[1:]
-        if places.start is not None:
-            start = places.start + self.begin * longest
-            rows = x[start : start + index.numel()].flatten(1)
-        else:
-            rows = scratch(name, x.dtype, sequences * longest, heads * width)
-            torch.index_select(x.flatten(1), 0, index.view(-1), out=rows)
-            if clean and places.real is not None:
-                rows.mul_(places.real[self.begin : self.end].view(-1, 1).to(rows.dtype))
-        if heads == 1 and rows.is_contiguous():
-            return rows.view(sequences, longest, width)
-        if sequences == 1 and rows.dtype == torch.float32:  # MKL does not mind the strides, AMX does
-            return rows.unflatten(1, (heads, width)).transpose(0, 1)
-        packed = scratch(f"{name} by head", x.dtype, sequences, heads, longest, width)
-        packed.copy_(rows.unflatten(0, (sequences, longest)).unflatten(2, (heads, width)).transpose(1, 2))
-        return packed.flatten(0, 1)
-
-    def pack_all(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Padded keys of candidates come before real ones and must not count; others come after all that see them."""
-        keys, clean = self.group.keys, not self.group.causal
-        return self.pack("q", q, self.group.queries), self.pack("k", k, keys, clean), self.pack("v", v, keys, clean)
+    def pack(self, name: str, x: Tensor, places: Places) -> Tensor:
+        """[T, H, d] -> [P, n, d], zero where padded."""
+        x, count = x[:, self.head], self.end - self.begin
+        if places.start is not None and (self.heads == 1 or count == 1):
+            start = places.start + self.begin * places.longest
+            rows = x[start : start + count * places.longest]
+            if self.heads == 1 and rows.is_contiguous():
+                return rows.view(count, places.longest, -1)
+            if count == 1 and rows.dtype == torch.float32:  # MKL does not mind the strides, AMX does
+                return rows.transpose(0, 1)
+        return pack(name, x, places, self.begin, self.end).flatten(0, 1)
 
     def tiles(self) -> Iterator[Step]:
         """The steps of every tile: all heads at once, or in turns where one sequence is large enough."""
@@ -163,70 +149,46 @@ class Work:
         if step.is_first:
             self.buckets = self.bias.buckets(self.group, step.tile, self.begin, end)
         # Rows of candidates all stand one behind the last key.
-        first, stride = (tile.first, 1) if self.group.causal else (self.group.keys.read.shape[1], 0)
+        first, stride = (tile.first, 1) if self.group.causal else (self.group.keys.longest, 0)
         per = count if end - self.begin == 1 else self.heads
-        return Pairs(per, first, stride, tile.left, self.bias.position, self.bias.time, self.buckets)
+        real = (self.group.queries.length[self.begin : end] - tile.first).numpy()
+        return Pairs(per, real, first, stride, tile.left, self.bias.position, self.bias.time, self.buckets)
 
 
 class Totals:
-    """What groups find for each token, brought to [T, H, d]: written in place where tokens follow one another."""
+    """What parts find for each token, brought to [T, H, d]; `places` have every token once, or leave zeros."""
 
-    def __init__(self, name: str, like: Tensor, row_of: Tensor, groups: list[Places]):
-        self.name, self.row_of = f"sums of {name}", row_of
-        padded = sum(places.read.numel() for places in groups)
-        self.in_place = padded == len(like) and all(places.start is not None for places in groups)
-        if self.in_place:
-            self.rows = torch.empty(like.shape, dtype=like.dtype)
-            return
-        self.rows = scratch(name, like.dtype, padded + 1, *like.shape[1:])
-        self.rows[padded] = 0  # of tokens in no group
-        self.more: list[tuple[int, slice, Tensor, Tensor]] = []
+    def __init__(self, name: str, like: Tensor, places: list[Places]):
+        self.name = f"sums of {name}"
+        whole = sum(int(x.length.sum()) for x in places) == len(like)
+        self.rows = (torch.empty if whole else torch.zeros)(like.shape, dtype=like.dtype)
 
-    def sums(self, part: Work, places: Places, again: bool = False) -> Tensor:
-        """Zeros [P, n, d] to which tiles are added: the rows themselves where they are laid out like this."""
-        sequences, longest = places.read[part.begin : part.end].shape
+    def sums(self, part: Work, places: Places) -> Tensor:
+        """Room for [P, n, d] in float32 or wider: the rows themselves where they are laid out like this."""
+        count = part.end - part.begin
         _, heads, width = self.rows.shape
-        if heads == 1 and not again and self.rows.dtype == part.bias.sums:
-            return self._rows(part, places).view(sequences, longest, width).zero_()
-        return scratch(self.name, part.bias.sums, sequences * part.heads, longest, width).zero_()
+        if heads == 1 and part.group.causal and places.start is not None and self.rows.dtype == part.bias.sums:
+            start = places.start + part.begin * places.longest
+            return self.rows[start : start + count * places.longest].view(count, places.longest, width)
+        return scratch(self.name, part.bias.sums, count * part.heads, places.longest, width)
 
     def put(self, found: Tensor, part: Work, places: Places, again: bool = False) -> None:
-        """What the sums have become; `again` where tokens have a row already."""
-        by_token = found.unflatten(0, (-1, part.heads)).transpose(1, 2)  # [G, n, H, d]
-        if again:
-            real = places.real
-            kept = by_token.clone() if real is None else by_token * real[part.begin : part.end, :, None, None]
-            index = places.read[part.begin : part.end].flatten()
-            self.more.append((part.first, part.head, index, kept.flatten(0, 1).to(self.rows.dtype)))
-        elif found.data_ptr() != (rows := self._rows(part, places)).data_ptr():
-            rows.unflatten(0, by_token.shape[:2]).copy_(by_token)
-
-    def _rows(self, part: Work, places: Places) -> Tensor:
-        longest = places.read.shape[1]
-        first = (places.start or 0) + part.begin * longest if self.in_place else part.first
-        return self.rows[first : first + (part.end - part.begin) * longest, part.head]
-
-    def gather(self) -> Tensor:
-        if self.in_place:
-            return self.rows
-        total = self.rows.flatten(1).index_select(0, self.row_of).view(-1, *self.rows.shape[1:])
-        for _, head, index, rows in sorted(self.more, key=lambda more: (more[0], more[1].start)):  # threads mix them
-            total[:, head].index_add_(0, index, rows)
-        return total
+        """What the sums have become; added where the token has some `again`."""
+        if found.untyped_storage().data_ptr() != self.rows.untyped_storage().data_ptr():
+            rows = self.rows[:, part.head]
+            unpack(found.unflatten(0, (-1, part.heads)), rows, places, part.begin, part.end, again)
 
 
-def _parts(plan: AttentionPlan, heads: int, bias: Bias) -> list[Work]:
-    """The groups of a plan in parts of a BLOCK, and in smaller ones where there are too few for all threads."""
-    threads, parts, first = torch.get_num_threads(), [], 0
-    block = BLOCK if threads == 1 else min(BLOCK, heads * sum(group.pairs for group in plan.groups) // (2 * threads))
-    for group in plan.groups:
+def _parts(groups: list[Group], sequences: int, heads: int, bias: Bias) -> list[Work]:
+    """Groups of a plan of so many sequences in parts of a BLOCK, and in smaller ones where these are too few."""
+    threads, parts = torch.get_num_threads(), []
+    block = BLOCK if threads == 1 else min(BLOCK, heads * sum(group.pairs for group in groups) // (2 * threads))
+    turns = min(heads, max(1, threads // max(1, sequences)))
+    by_head = [slice(a, b) for a, b in cut(0, heads, -(-heads // turns))]
+    for group in groups:
         largest = max((tile.end - tile.first) * (tile.right - tile.left) for tile in group.tiles)
-        sequences = len(group.queries.read)
-        edges = cut(0, sequences, max(1, block // (largest * heads)))
-        turns = min(heads, max(1, threads // max(1, len(plan.offsets) - 1)))
-        by_head = [slice(a, b) for a, b in cut(0, heads, -(-heads // turns))]
-        parts += [Work(group, first, begin, end, head, bias) for begin, end in edges for head in by_head]
-        first += group.queries.read.numel()
+        edges = cut(0, len(group.queries.first), max(1, block // (largest * heads)))
+        parts += [Work(group, begin, end, head, bias) for begin, end in edges for head in by_head]
     return parts
 
 
@@ -234,26 +196,27 @@ def run(plan: AttentionPlan, heads: int, bias: Bias, task: Callable[[Work], None
     """Do all parts of a plan, on as many threads as torch has, and return the biases of the threads with their sums.
 
     A thread does whole parts by itself: threads that meet in every operation wait for each other on a busy machine.
-    Which thread does which part is fixed, and so is every sum.
+    Which thread does which part is fixed, and so is every sum. Candidates come after the histories that they add to.
     """
-    parts = sorted(_parts(plan, heads, bias), key=lambda part: -part.cost)
-    threads = max(1, min(torch.get_num_threads(), len(parts)))
-    lists: list[list[Work]] = [[] for _ in range(threads)]
-    loads = [0] * threads
-    for part in parts:
-        least = loads.index(min(loads))
-        lists[least].append(part)
-        loads[least] += part.cost
-    biases = [bias.of_thread() for _ in range(threads)]
+    biases = [bias.of_thread() for _ in range(torch.get_num_threads())]
     inference = torch.is_inference_mode_enabled()  # of this thread, and the others must write to its memory
+    for causal in (True, False):
+        groups = [group for group in plan.groups if group.causal == causal]
+        parts = sorted(_parts(groups, len(plan.offsets) - 1, heads, bias), key=lambda part: -part.cost)
+        lists: list[list[Work]] = [[] for _ in range(min(len(biases), len(parts)))]
+        loads = [0] * len(lists)
+        for part in parts:
+            least = loads.index(min(loads))
+            lists[least].append(part)
+            loads[least] += part.cost
 
-    def do(thread: int) -> None:
-        with torch.inference_mode(inference), torch.no_grad(), torch.autocast("cpu", enabled=False):
-            for part in lists[thread]:
-                part.bias = biases[thread]
-                task(part)
+        def do(thread: int, lists: list[list[Work]] = lists) -> None:
+            with torch.inference_mode(inference), torch.no_grad(), torch.autocast("cpu", enabled=False):
+                for part in lists[thread]:
+                    part.bias = biases[thread]
+                    task(part)
 
-    in_threads(do, threads)
+        in_threads(do, len(lists))
     return biases
 
 
@@ -276,20 +239,21 @@ class HSTUAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, position, time, *(times[:2] if times else (None, None)))
         ctx.plan, ctx.times, ctx.scale, ctx.alpha = plan, times and times[2:], scale, alpha
         bias = Bias(position, time, times, q.dtype)
-        out = Totals("outs", v, plan.row_of_query, [group.queries for group in plan.groups])
+        out = Totals("outs", v, [group.queries for group in plan.groups])
 
         def task(part: Work) -> None:
-            qs, ks, vs = part.pack_all(q, k, v)
-            outs = out.sums(part, part.group.queries)
+            queries, keys = part.group.queries, part.group.keys
+            qs, ks, vs = part.pack("q", q, queries), part.pack("k", k, keys), part.pack("v", v, keys)
+            outs = out.sums(part, queries)
             for step in part.tiles():
                 _, p, i, j, *_ = step
                 x = part.scores(qs[p, i], ks[p, j], alpha)
                 part.weigh(step, x)
-                _add(outs[p, i], x, vs[p, j], scale)
-            out.put(outs, part, part.group.queries)
+                _add(outs[p, i], x, vs[p, j], scale, is_first=j.start == 0)
+            out.put(outs, part, queries)
 
         run(plan, q.shape[1], bias, task)
-        return out.gather()
+        return out.rows
 
     @staticmethod
     @once_differentiable
@@ -297,15 +261,15 @@ class HSTUAttention(torch.autograd.Function):
         q, k, v, position, time, query_times, key_times = ctx.saved_tensors
         times = Times(query_times, key_times, *ctx.times) if ctx.times else None
         bias = Bias(position, time, times, q.dtype)
-        dq = Totals("dqs", q, ctx.plan.row_of_query, [group.queries for group in ctx.plan.groups])
+        dq = Totals("dqs", q, [group.queries for group in ctx.plan.groups])
         causal = [group.keys for group in ctx.plan.groups if group.causal]
-        dk, dv = (Totals(name, x, ctx.plan.row_of_key, causal) for name, x in (("dks", k), ("dvs", v)))
+        dk, dv = Totals("dks", k, causal), Totals("dvs", v, causal)
 
         def task(part: Work) -> None:
             queries, keys, again = part.group.queries, part.group.keys, not part.group.causal
-            qs, ks, vs = part.pack_all(q, k, v)
-            gs = part.pack("g", gradient, queries, clean=True)
-            dqs, dks, dvs = dq.sums(part, queries), dk.sums(part, keys, again), dv.sums(part, keys, again)
+            qs, gs = part.pack("q", q, queries), part.pack("g", gradient, queries)
+            ks, vs = part.pack("k", k, keys), part.pack("v", v, keys)
+            dqs, dks, dvs = dq.sums(part, queries), dk.sums(part, keys).zero_(), dv.sums(part, keys).zero_()
             for step in part.tiles():
                 _, p, i, j, *_ = step
                 x = part.scores(qs[p, i], ks[p, j], ctx.alpha)
@@ -314,18 +278,22 @@ class HSTUAttention(torch.autograd.Function):
                 part.slopes(step, x, dx)
                 _add(dvs[p, j], x.mT, gs[p, i], ctx.scale)
                 _add(dks[p, j], dx.mT, qs[p, i], ctx.alpha)
-                _add(dqs[p, i], dx, ks[p, j], ctx.alpha)
+                _add(dqs[p, i], dx, ks[p, j], ctx.alpha, is_first=j.start == 0)
             dq.put(dqs, part, queries)
             dk.put(dks, part, keys, again)
             dv.put(dvs, part, keys, again)
 
         biases = run(ctx.plan, q.shape[1], bias, task)
-        return dq.gather(), dk.gather(), dv.gather(), *bias.gradients(biases), None, None, None, None
+        return dq.rows, dk.rows, dv.rows, *bias.gradients(biases), None, None, None, None
 
 
-def _add(total: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
-    """Add the batched product a b [P, n, d] times a factor."""
+def _add(total: Tensor, a: Tensor, b: Tensor, factor: float, is_first: bool = False) -> None:
+    """Add the batched product a b [P, n, d] times a factor to the total, which is nothing yet if it `is_first`."""
     if total.dtype == a.dtype and (total.is_contiguous() or total.shape[1] >= LARGE):
-        total.baddbmm_(a, b, alpha=factor)
+        total.baddbmm_(a, b, beta=0 if is_first else 1, alpha=factor)
+        return
+    product = torch.bmm(a, b, out=scratch("product", a.dtype, *total.shape))
+    if is_first:
+        total.copy_(product).mul_(factor)  # not in the format of the product
     else:
-        total.add_(torch.bmm(a, b, out=scratch("product", a.dtype, *total.shape)), alpha=factor)
+        total.add_(product, alpha=factor)

@@ -22,11 +22,12 @@ _compiled = njit(nogil=True, fastmath={"reassoc", "contract", "arcp", "nsz"}, er
 
 
 @_compiled
-def weigh(x, per, first, stride, left, position, time, buckets):  # pragma: no cover - compiled
+def weigh(x, per, real, first, stride, left, position, time, buckets):  # pragma: no cover - compiled
     """x [P, R, C] before the biases -> the weights SiLU(x + biases), in place; zero where a row does not see a key.
 
     Args:
         per: so many of P belong to one sequence.
+        real: [G] rows of each sequence that are not padded; those behind them see nothing.
         first: row r stands at the place first + stride r, key c at left + c, and no row sees a key behind its place.
         position: [2N - 1] by key less row, or [0]; time [buckets], or [0]; buckets [G, R, C].
     """
@@ -35,7 +36,7 @@ def weigh(x, per, first, stride, left, position, time, buckets):  # pragma: no c
     for p in range(len(x)):
         for r in range(rows):
             row, place = x[p, r], first + stride * r
-            seen = max(0, min(keys, place - left + 1))
+            seen = max(0, min(keys, place - left + 1)) if r < real[p // per] else 0
             _score(z, row, seen, left - place, position, time, buckets, p // per, r)
             for c in range(-(-seen // WIDE) * WIDE):
                 z[c] /= one + _exp(-z[c])
@@ -46,7 +47,9 @@ def weigh(x, per, first, stride, left, position, time, buckets):  # pragma: no c
 
 
 @_compiled
-def slopes(x, dx, per, first, stride, left, position, time, buckets, d_position, d_time):  # pragma: no cover - compiled
+def slopes(
+    x, dx, per, real, first, stride, left, position, time, buckets, d_position, d_time
+):  # pragma: no cover - compiled
     """As `weigh`, while dx [P, R, C] turns from the gradient of the weights into that of x; it is added to the biases'.
 
     Args:
@@ -64,7 +67,7 @@ def slopes(x, dx, per, first, stride, left, position, time, buckets, d_position,
         by_bucket[:] = 0
         for r in range(rows):
             row, slope, place = x[p, r], dx[p, r], first + stride * r
-            seen = max(0, min(keys, place - left + 1))
+            seen = max(0, min(keys, place - left + 1)) if r < real[p // per] else 0
             _score(z, row, seen, left - place, position, time, buckets, p // per, r)
             for c in range(-(-seen // WIDE) * WIDE):
                 share[c] = one / (one + _exp(-z[c]))

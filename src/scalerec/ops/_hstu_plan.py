@@ -45,11 +45,19 @@ class Tile(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where the tokens of a group lie."""
+    """Where the tokens of G sequences lie, those of one behind each other, and where they are put: [G, n] rows."""
 
-    read: Tensor  # [G, n] number of a token; where padded, of another one of the same sequence
-    real: Tensor | None  # [G, n] whether not padded; None without padding
-    start: int | None  # first token, if all G n follow one another
+    first: Tensor  # [G] first token
+    length: Tensor  # [G]
+    before: Tensor  # [G] rows that are padded in front of them; behind them are the others
+    longest: int  # n
+    start: int | None  # first token, if all G n follow one another and none is padded
+
+    def tokens(self, begin: int, end: int, rows: slice) -> Tensor:
+        """[end - begin, R] of some sequences and rows; where padded, of another one of the same sequence."""
+        place = torch.arange(rows.start, rows.stop) - self.before[begin:end, None]
+        last = self.length[begin:end, None] - 1
+        return self.first[begin:end, None] + torch.minimum(place.clamp(min=0), last)
 
 
 @dataclass(frozen=True)
@@ -73,8 +81,6 @@ class AttentionPlan:
     """The groups of one batch, good for all layers of a model; made by `attention_plan`."""
 
     groups: tuple[Group, ...]
-    row_of_query: Tensor  # [T] where a token lies among the padded queries of all groups; one behind them if in none
-    row_of_key: Tensor  # [T] the same in causal groups
     offsets: Tensor  # [S + 1]
     targets: Tensor | None  # [S], None if there are none
     own_buckets: Tensor | None = None  # [T] bucket of a token towards itself
@@ -106,8 +112,8 @@ def _to_places(gap: Tensor, count: int, log_base: float) -> Tensor:
 
 def tile_buckets(group: Group, tile: Tile, begin: int, end: int, times: Times, out: Tensor) -> Tensor:
     """Into out [end - begin, R, C], of the sequences [begin, end); of padded tokens anything."""
-    query = times.query[group.queries.read[begin:end, tile.first : tile.end]]
-    key = times.key[group.keys.read[begin:end, tile.left : tile.right]]
+    query = times.query[group.queries.tokens(begin, end, slice(tile.first, tile.end))]
+    key = times.key[group.keys.tokens(begin, end, slice(tile.left, tile.right))]
     gap = scratch("gap", torch.float32, *out.shape)
     torch.sub(query[:, :, None], key[:, None, :], out=gap)  # exact in float64, then rounded
     return out.copy_(_to_places(gap.abs_(), times.count, times.log_base))
@@ -121,21 +127,7 @@ def make_plan(offsets: Tensor, targets: Tensor | None, dtype: torch.dtype) -> At
     spans = [(b - a - m, m, a) for (a, b), m in zip(pairwise(edges), last)]  # history, candidates, first token
     groups = [_causal(part, sizes) for part in _similar([(n, n, a) for n, _, a in spans if n])]
     groups += [_rectangle(part, sizes.coarse) for part in _similar([(n, m, a) for n, m, a in spans if n and m])]
-    causal = [group.queries for group in groups if group.causal]
-    rows, keys = (_rows(places, edges[-1]) for places in ([group.queries for group in groups], causal))
-    targets = targets if targets is not None and any(last) else None
-    return AttentionPlan(tuple(groups), rows, keys, offsets, targets)
-
-
-def _rows(groups: list[Places], tokens: int) -> Tensor:
-    """Tokens of groups, padded and one after the other -> [T] the row of each."""
-    rows = torch.full((tokens,), sum(places.read.numel() for places in groups))
-    first = 0
-    for read, real, _ in groups:
-        place = torch.arange(first, first + read.numel()).view(read.shape)
-        first += read.numel()
-        rows[read if real is None else read[real]] = place if real is None else place[real]
-    return rows
+    return AttentionPlan(tuple(groups), offsets, targets if any(last) else None)
 
 
 def with_buckets(plan: AttentionPlan, times: Times) -> AttentionPlan:
@@ -203,13 +195,7 @@ def _rectangle(spans: list[tuple[int, int, int]], coarse: int) -> Group:
 
 def _places(first: list[int], lengths: list[int], at_end: bool = False) -> Places:
     """First tokens and lengths of G sequences, padded behind, or in front so that they end together."""
-    longest = max(lengths)
-    place = torch.arange(longest).expand(len(first), longest)
-    length, start = torch.tensor(lengths)[:, None], torch.tensor(first)[:, None]
-    if at_end:
-        place = place - (longest - length)
-    read = start + torch.minimum(place.clamp(min=0), length - 1)
-    if min(lengths) == longest:
-        follow = all(b - a == longest for a, b in pairwise(first))
-        return Places(read, None, first[0] if follow else None)
-    return Places(read, (place >= 0) & (place < length), None)
+    longest, length = max(lengths), torch.tensor(lengths)
+    follow = min(lengths) == longest and all(b - a == longest for a, b in pairwise(first))
+    before = longest - length if at_end else torch.zeros_like(length)
+    return Places(torch.tensor(first), length, before, longest, first[0] if follow else None)
