@@ -139,6 +139,32 @@ def test_retrieval_foresees_new_events_and_the_row():
     assert liked.foreseen(wanted).at.tolist() == [3, 6, 7]
 
 
+def test_actions_that_are_not_kept_are_refused():
+    silent = layout()
+    past = silent.sides["user"].sequences[0].model_copy(update={"actions": ()})
+    silent = silent.model_copy(
+        update={"groups": (silent.groups[0].model_copy(update={"features": (past,)}), *silent.groups[1:])}
+    )
+    with pytest.raises(InputError, match=r"--model.actions additive: 'events' does not keep .* --data.actions true"):
+        HSTUConfig(actions="additive", **RESEARCH).build(silent)
+    liked = HSTUConfig(positive="like", **RESEARCH).build(silent)
+    liked.objective(batch([5]))  # the row alone
+    with pytest.raises(InputError, match=r"--model.positive like: 'events' does not keep .* --data.actions true"):
+        liked.objective(batch([5], new=[2]))
+
+
+def test_frequencies_are_of_what_negatives_are_drawn_from():
+    """A user whose rows are many is in the batch once."""
+    whole = batch([1, 8], rows_of=[0] * 8 + [1], new=[0] * 9)
+    lists = {"events": jagged(torch.tensor([[5]] + [[6]] * 8), [1, 8])}
+    items = replace(whole.items, ids=torch.full_like(whole.items.ids, 7))
+    whole = replace(whole, user=replace(whole.user, lists=lists), items=items, negatives=torch.tensor([5, 6]))
+    model = awake(HSTUConfig(dim=8, qk_dim=6, v_dim=5, log_q=True), layout())
+    found = model.foreseen(whole.unshared(), model.occurring(whole))
+    share = dict(zip(found.pool.tolist(), found.log_q.exp().tolist()))
+    assert share == pytest.approx({5: 1 / 18, 6: 8 / 18, 7: 9 / 18})
+
+
 def test_the_next_content_is_foreseen_from_the_token_before_it():
     """Behind a slow series too: a content followed by another token is asked there, as a request would (spec C.3)."""
     whole = batch([3], slow=[1], new=[3])

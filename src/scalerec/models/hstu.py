@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from scalerec.batch import Batch, Outputs
+from scalerec.errors import InputError
 from scalerec.features.layout import FeatureLayout, Layout
 from scalerec.layers.dropout import Dropout
 from scalerec.layers.embedding import Embedded
@@ -120,7 +121,12 @@ class HSTU(SequentialModel):
         widths = [layout.table[name].dim for name in self.series.tables]
         self.content = nn.Linear(sum(widths), d) if widths != [d] else nn.Identity()
         self.action = None
-        if config.actions != "none" and self.series.actions:
+        if config.actions != "none":
+            if not self.series.actions:
+                raise InputError(
+                    f"--model.actions {config.actions}: {self.series.name!r} does not keep what was done: set "
+                    "--model.actions none or --data.actions true"
+                )
             # Of each label three vectors: 0, 1 and unknown; of a candidate whose actions are to come, one.
             self.action = nn.Parameter(0.02 * torch.randn(len(self.series.actions), 3, d))
         self.to_come = None

@@ -140,8 +140,9 @@ class SequentialModel(Model):
 
     def objective(self, batch: Batch) -> dict[str, Term]:
         """The loss terms of a training batch, all lookups in one call."""
+        there = self.occurring(batch) if self.config.log_q else None
         batch = batch.unshared()
-        goal = self.foreseen(batch) if self.retrieves else None
+        goal = self.foreseen(batch, there) if self.retrieves else None
         lookups = [] if goal is None else [Lookup((self.item_table.name,), goal.pool)]
         (user, items), found = self.embeddings.embed((batch.user, batch.items), lookups)
         state = self.encode_user(user)
@@ -154,11 +155,16 @@ class SequentialModel(Model):
         """Loss terms of the tasks, for models that rank."""
         return self.loss(self.score(state, items, batch.user_of_row), batch)
 
-    def foreseen(self, batch: Batch) -> Foreseen:
+    def occurring(self, batch: Batch) -> Tensor:
+        """The items of histories and rows, each as often as it is there: what negatives in the batch are drawn from."""
+        ids = torch.cat([batch.user.lists[self.series.name].values[:, 0], batch.items.ids[:, self.item_column]])
+        return ids[ids >= FIRST_ID]
+
+    def foreseen(self, batch: Batch, there: Tensor | None = None) -> Foreseen:
         """The events after which something is to be foreseen, and what: a new event of the past or the row (spec C.3).
 
         An event or row without the label `positive`, where one is asked for, is no target. Without negatives in the
-        batch the softmax is over the whole catalogue.
+        batch the softmax is over the whole catalogue. `there` is what negatives to be corrected were drawn from.
         """
         past = batch.user.lists[self.series.name]
         lengths, wanted = past.lengths, self.new_events(batch)
@@ -169,6 +175,11 @@ class SequentialModel(Model):
             if self.config.positive in self.series.actions:
                 k = self.series.actions.index(self.config.positive)
                 wanted = wanted & (batch.user.actions[self.series.name].values[:, k] > 0)
+            elif bool(wanted.any()):
+                raise InputError(
+                    f"--model.positive {self.config.positive}: {self.series.name!r} does not keep what was done, so no "
+                    "past event is known to be one: set --data.actions true"
+                )
         ids, has_past = past.values[:, 0].roll(-1), lengths > 0
         last = past.offsets[1:][has_past] - 1
         ids[last] = batch.items.ids[has_past, self.item_column]
@@ -179,10 +190,7 @@ class SequentialModel(Model):
             return Foreseen(at, self.catalogue_ids(ids.device), ids[at] - FIRST_ID, None, None)
         negatives = batch.negatives[at] if batch.negatives.ndim == 2 else batch.negatives
         pool, target, negatives = distinct(self.item_table.rows, ids[at], negatives)
-        log_q = None
-        if self.config.log_q:  # of what the batch's negatives are drawn from
-            there = torch.cat([past.values[:, 0], batch.items.ids[:, self.item_column]])
-            log_q = log_frequency(there[there >= FIRST_ID], self.item_table.rows)[pool]
+        log_q = None if there is None else log_frequency(there, self.item_table.rows)[pool]
         return Foreseen(at, pool, target, negatives, log_q)
 
     def new_events(self, batch: Batch) -> Tensor:

@@ -100,7 +100,7 @@ def _add_own(
     after = offsets[1:].repeat_interleave(plan.targets)
     ends = plan.targets.cumsum(0).repeat_interleave(plan.targets)
     rows = after - ends + torch.arange(len(ends))  # numbers of the candidates' tokens
-    x = alpha * (q[rows] * k[rows]).sum(2)
+    x = alpha * (q[rows] * k[rows]).sum(2).to(torch.promote_types(q.dtype, torch.float32))
     if position is not None:
         x = x + position[position.numel() // 2]
     if time is not None:

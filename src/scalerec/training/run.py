@@ -46,10 +46,10 @@ class Run(Config):
     @model_validator(mode="after")
     def _fits_together(self) -> Run:
         drawn, model, select = self.training.negatives, self.model, self.training.select
-        if getattr(model, "log_q", False) and (drawn.how != "in_batch" or drawn.distinct):
+        if getattr(model, "log_q", False) and (drawn.how != "in_batch" or drawn.distinct or not drawn.count):
             raise ValueError(
-                "--model.log_q corrects negatives drawn as often as they occur: set --training.negatives.how in_batch "
-                "and --training.negatives.distinct false"
+                "--model.log_q corrects negatives drawn as often as they occur: set --training.negatives.how in_batch, "
+                "--training.negatives.distinct false and a --training.negatives.count"
             )
         measured = model.ranks if select in ("auc", "log_loss") else model.retrieves
         if select != "last" and not measured:

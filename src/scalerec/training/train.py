@@ -274,7 +274,10 @@ def check_same(earlier: checkpoint.Checkpoint, run: Run, out: Path) -> None:
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
     """InputError while another process trains into `out`: two would write over each other's checkpoints."""
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out} is no folder and cannot become one: {error.strerror}: pass another --out") from None
     try:
         with FileLock(out / LOCK, blocking=False):
             yield

@@ -244,9 +244,11 @@ def _by_place(log: pa.Table, schema: Schema, source: Sequences) -> _Examples:
     chosen: dict[Part, np.ndarray] = {
         part: np.flatnonzero(enough & (sizes - 1 - place == behind)) for part, behind in from_end.items()
     }
+    starts = (place == 0) | ~np.append(False, logged)[:-1]
+    new = (np.arange(len(place)) - history.last_true(starts))[chosen["train"]]
     users = events.counts["users"]
     few = {"users with too few events, left out": users - len(chosen["test"])}
-    return _examples(log, events, chosen, place[chosen["train"]], source.max_len, few)
+    return _examples(log, events, chosen, new, source.max_len, few)
 
 
 def _by_time(log: pa.Table, schema: Schema, parts: np.ndarray, source: Sequences) -> _Examples:
