@@ -3,8 +3,9 @@
     python -m benchmarks.hstu_memory [--tokens 4096] [--layers 8] [--dim 256] [--json]
 
 One sequence of `--tokens` through `--layers` layers, forward and backward, fp32. What a step takes is the peak of the
-process's resident memory less what it held before, each model in a process of its own. The Transformer is torch's:
-pre-norm, four times as wide inside, dropout, causal `scaled_dot_product_attention`, which keeps no n x n matrix either.
+process's resident memory less what it held after a step of 64 tokens, each model in a process of its own. The
+Transformer is torch's: pre-norm, four times as wide inside, dropout, causal `scaled_dot_product_attention`, which
+keeps no n x n matrix either.
 
 `memory_ratio`: HSTU with `recompute=linear` (all but attention again in the backward pass) over the Transformer, which
 keeps all; `memory_ratio_kept` with nothing computed again. `kept_*`: numbers that autograd keeps per token and layer,
@@ -31,6 +32,7 @@ from scalerec.models.hstu import HSTU, Across, HSTUConfig
 from scalerec.ops.hstu_attention import attention_plan
 
 HEADS, DROPOUT = 4, 0.2
+WARM = 64  # tokens of a step before the one that is measured, for which libraries and compiled code are loaded
 FREED = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # glibc gives back what is free, so that only what is used is counted
 MODELS = ("transformer", "none", "linear")
 
@@ -45,14 +47,13 @@ class Layers(nn.Module):
         self.layers = nn.ModuleList(
             HSTULayer(config.dim, HEADS, width, width, longest=tokens, dropout=DROPOUT) for _ in range(layers)
         )
-        times = torch.arange(tokens + 1).double() * 3600
-        offsets = torch.tensor([0, tokens])
-        plan = attention_plan(offsets, query_times=times[1:], key_times=times[:-1])
-        self.across = Across(offsets, plan, times[1:], times[:-1])
 
     def forward(self, x: Tensor) -> Tensor:
+        times, offsets = torch.arange(len(x) + 1).double() * 3600, torch.tensor([0, len(x)])
+        plan = attention_plan(offsets, query_times=times[1:], key_times=times[:-1])
+        across = Across(offsets, plan, times[1:], times[:-1])
         for layer in self.layers:
-            x = HSTU.through(self, layer, x, self.across)[0]  # type: ignore[arg-type]
+            x = HSTU.through(self, layer, x, across)[0]  # type: ignore[arg-type]
         return x
 
 
@@ -90,6 +91,7 @@ def measure(kind: str, tokens: int, layers: int, dim: int) -> dict[str, float]:
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
+    forward(model, kind, torch.randn(1, WARM, dim)).sum().backward()
     x = torch.randn(1, tokens, dim, requires_grad=True)
     before = _resident()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
