@@ -243,7 +243,8 @@ def train(options: argparse.Namespace) -> None:
     if options.json:
         return print(json.dumps(found))
     _tables(found["test"], f"{run.name}, test rows")
-    _say(f"kept in {options.out}: best checkpoint, scores of the test rows, log, TensorBoard events")
+    events = ", TensorBoard events" if run.training.tensorboard else ""
+    _say(f"kept in {options.out}: best checkpoint, scores of the test rows, log{events}")
 
 
 def evaluate(options: argparse.Namespace) -> None:

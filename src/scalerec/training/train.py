@@ -289,7 +289,7 @@ def train(run: Run, out: Path, *, resume: bool = False, warm_start: Path | None 
     """Train `run` into `out` and measure its best checkpoint on the validation and test rows.
 
     Returns what `out/metrics.json` holds. Also written: `test.parquet` (scores of the test rows), `log.jsonl`,
-    TensorBoard events, checkpoints.
+    checkpoints, TensorBoard events if asked for.
 
     Raises:
         InputError: bad options, bad data, a full disk, another process at work in `out`; the last good checkpoint
