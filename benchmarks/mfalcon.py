@@ -224,7 +224,8 @@ def draw(figures: dict[str, float], about: str, file: str) -> None:
     label = f"micro-batch, {max(sizes):,} candidates"
     axes.plot(sizes, [figures[f"us_by_micro_batch_{s}"] for s in sizes], "s--", label=label)
     axes.axhline(figures["us_per_candidate_one_by_one"], color="grey", linewidth=1, label="one by one")
-    axes.set(xscale="log", yscale="log", xlabel="size", ylabel="µs a candidate", title=about)
+    axes.set(xscale="log", yscale="log", ylabel="µs a candidate", title=about)
+    axes.set_xlabel("candidates of a request, or of a micro-batch")
     axes.legend()
     figure.savefig(file, dpi=150)
 
