@@ -98,17 +98,14 @@ class Work:
     def __init__(self, group: Group, begin: int, end: int, head: slice, bias: Bias):
         self.group, self.begin, self.end, self.bias = group, begin, end, bias
         self.head, self.heads = head, head.stop - head.start
-        self.cost = sum(
-            max(0, min(tile.sequences, end) - begin) * (tile.end - tile.first) * (tile.right - tile.left) * self.heads
-            for tile in group.tiles
-        )
+        self.cost = self.heads * group.pairs(begin, end)
 
     def pack(self, name: str, x: Tensor, places: Places) -> Tensor:
         """[T, H, d] -> [P, n, d], zero where padded."""
         x, count = x[:, self.head], self.end - self.begin
-        if places.start is not None and (self.heads == 1 or count == 1):
-            start = places.start + self.begin * places.longest
-            rows = x[start : start + count * places.longest]
+        span = places.span(self.begin, self.end)
+        if span is not None:
+            rows = x[span]
             if self.heads == 1 and rows.is_contiguous():
                 return rows.view(count, places.longest, -1)
             if count == 1 and rows.dtype == torch.float32:  # MKL does not mind the strides, AMX does
@@ -124,7 +121,7 @@ class Work:
                 continue
             rows, keys = slice(tile.first, tile.end), slice(tile.left, tile.right)
             count = reach * self.heads
-            step = max(1, block // ((tile.end - tile.first) * (tile.right - tile.left))) if reach == 1 else count
+            step = max(1, block // tile.pairs) if reach == 1 else count
             for first in range(0, count, step):
                 last = min(first + step, count)
                 yield Step(number, slice(first, last), rows, keys, first == 0)
@@ -165,11 +162,10 @@ class Totals:
 
     def sums(self, part: Work, places: Places) -> Tensor:
         """Room for [P, n, d] in float32 or wider: the rows themselves where they are laid out like this."""
-        count = part.end - part.begin
+        count, span = part.end - part.begin, places.span(part.begin, part.end)
         _, heads, width = self.rows.shape
-        if heads == 1 and part.group.causal and places.start is not None and self.rows.dtype == part.bias.sums:
-            start = places.start + part.begin * places.longest
-            return self.rows[start : start + count * places.longest].view(count, places.longest, width)
+        if heads == 1 and part.group.causal and span is not None and self.rows.dtype == part.bias.sums:
+            return self.rows[span].view(count, places.longest, width)
         return scratch(self.name, part.bias.sums, count * part.heads, places.longest, width)
 
     def put(self, found: Tensor, part: Work, places: Places, again: bool = False) -> None:
@@ -182,11 +178,12 @@ class Totals:
 def _parts(groups: list[Group], sequences: int, heads: int, bias: Bias) -> list[Work]:
     """Groups of a plan of so many sequences in parts of a BLOCK, and in smaller ones where these are too few."""
     threads, parts = torch.get_num_threads(), []
-    block = BLOCK if threads == 1 else min(BLOCK, heads * sum(group.pairs for group in groups) // (2 * threads))
+    pairs = heads * sum(group.pairs(0, len(group.queries.first)) for group in groups)
+    block = BLOCK if threads == 1 else min(BLOCK, pairs // (2 * threads))
     turns = min(heads, max(1, threads // max(1, sequences)))
     by_head = [slice(a, b) for a, b in cut(0, heads, -(-heads // turns))]
     for group in groups:
-        largest = max((tile.end - tile.first) * (tile.right - tile.left) for tile in group.tiles)
+        largest = max(tile.pairs for tile in group.tiles)
         edges = cut(0, len(group.queries.first), max(1, block // (largest * heads)))
         parts += [Work(group, begin, end, head, bias) for begin, end in edges for head in by_head]
     return parts

@@ -43,6 +43,11 @@ class Tile(NamedTuple):
     right: int
     sequences: int
 
+    @property
+    def pairs(self) -> int:
+        """Of rows and keys, in one sequence."""
+        return (self.end - self.first) * (self.right - self.left)
+
 
 class Places(NamedTuple):
     """Where the tokens of G sequences lie, those of one behind each other, and where they are put: [G, n] rows."""
@@ -52,6 +57,10 @@ class Places(NamedTuple):
     before: Tensor  # [G] rows that are padded in front of them; behind them are the others
     longest: int  # n
     start: int | None  # first token, if all G n follow one another and none is padded
+
+    def span(self, begin: int, end: int) -> slice | None:
+        """The tokens of some sequences, if they lie as they are put."""
+        return None if self.start is None else slice(*(self.start + g * self.longest for g in (begin, end)))
 
     def tokens(self, begin: int, end: int, rows: slice) -> Tensor:
         """[end - begin, R] of some sequences and rows; where padded, of another one of the same sequence."""
@@ -70,10 +79,9 @@ class Group:
     tiles: tuple[Tile, ...]
     buckets: tuple[Tensor, ...] | None = None  # of every tile [sequences, R, C], uint8 or int16
 
-    @property
-    def pairs(self) -> int:
-        """Of rows and keys, in all tiles."""
-        return sum(tile.sequences * (tile.end - tile.first) * (tile.right - tile.left) for tile in self.tiles)
+    def pairs(self, begin: int, end: int) -> int:
+        """Of rows and keys, in all tiles of some sequences."""
+        return sum(max(0, min(tile.sequences, end) - begin) * tile.pairs for tile in self.tiles)
 
 
 @dataclass(frozen=True)

@@ -244,8 +244,7 @@ def _by_place(log: pa.Table, schema: Schema, source: Sequences) -> _Examples:
     chosen: dict[Part, np.ndarray] = {
         part: np.flatnonzero(enough & (sizes - 1 - place == behind)) for part, behind in from_end.items()
     }
-    starts = (place == 0) | ~np.append(False, logged)[:-1]
-    new = (np.arange(len(place)) - history.last_true(starts))[chosen["train"]]
+    new = (np.arange(len(place)) - history.last_true(_starts(events, logged)))[chosen["train"]]
     users = events.counts["users"]
     few = {"users with too few events, left out": users - len(chosen["test"])}
     return _examples(log, events, chosen, new, source.max_len, few)
@@ -256,7 +255,7 @@ def _by_time(log: pa.Table, schema: Schema, parts: np.ndarray, source: Sequences
     events = _Events.of(log, schema)
     training = parts[events.rows] == PARTS.index("train")
     places = np.arange(len(events.rows))
-    starts = (events.first == places) | ~np.append(False, training)[:-1]
+    starts = _starts(events, training)
     if source.session_gap is not None and len(places):
         assert schema.time is not None
         seconds = unix_seconds(log.column(schema.time).combine_chunks(), schema.time, schema.time_unit)[events.rows]
@@ -271,6 +270,11 @@ def _by_time(log: pa.Table, schema: Schema, parts: np.ndarray, source: Sequences
     for number, part in enumerate(PARTS[1:], 1):
         found.rows[part] = np.flatnonzero(parts == number)
     return found
+
+
+def _starts(events: _Events, targets: np.ndarray) -> np.ndarray:
+    """[n] bool, the first event of each user, and each one behind an event that is no target."""
+    return (events.first == np.arange(len(targets))) | ~np.append(False, targets)[:-1]
 
 
 def _examples(
