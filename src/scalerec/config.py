@@ -40,6 +40,11 @@ def allow(package: str) -> None:
         sys.path.append(os.getcwd())
 
 
+def allowed() -> list[str]:
+    """The outside packages that `allow` has let in."""
+    return sorted(_allowed)
+
+
 def component(value: Any) -> Any:
     """A mapping with a `kind` -> the configuration of that kind; anything else passes through (for BeforeValidator)."""
     if not isinstance(value, dict):

@@ -24,6 +24,17 @@ def test_infer_guesses_what_a_person_would(schema_file):
     assert (schema["user"], schema["item"], schema["time"]) == ("user_id", "item_id", "shown_at")
 
 
+@pytest.mark.parametrize("unit", [1.0, 1e-3, 1e-6, 1e-9])
+def test_infer_tells_the_unit_of_times(tmp_path, unit, capsys):
+    table = shop(0, 500)
+    times = pa.array((table["shown_at"].to_numpy() / unit).astype(np.int64))
+    pq.write_table(table.set_column(table.column_names.index("shown_at"), "shown_at", times), tmp_path / "log.parquet")
+    assert main(["schema", "infer", str(tmp_path / "log.parquet")]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["time_unit"] == unit
+    assert f"shown_at: read as numbers of {unit:g} s each" in said.err
+
+
 @pytest.mark.parametrize("recipe", ["rankmixer_parquet", "dcnv2_parquet", "dlrm_mlp_parquet"])
 def test_train_evaluate_predict(train, log, tmp_path, capsys, recipe):
     assert train(recipe=recipe) == 0
@@ -123,6 +134,9 @@ def test_a_model_of_ones_own(log, schema_file, tmp_path, capsys, monkeypatch):
     assert main(["evaluate", str(tmp_path / "fm"), "--allow", "examples", "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["test"]["click"]["auc"] > 0.55
+    compared = ["compare", recipe, f"{recipe}+model.rank=4", "--seeds", "1", "--workers", "2"]
+    options = ["--out", str(tmp_path / "c"), "--training.tensorboard", "false", "--data", data]
+    assert main([*compared, *options]) == 0, "processes of their own are allowed the package too"
 
 
 def test_compare_reports_paired_intervals(train, log, schema_file, tmp_path, capsys):

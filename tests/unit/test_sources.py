@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,14 @@ from hypothesis import strategies as st
 
 from scalerec.config import component
 from scalerec.data import download, parts, running
+from scalerec.data.reader import ParquetRows
 from scalerec.data.source import Source
 from scalerec.data.sources.kuairand import KuaiRand
 from scalerec.data.sources.movielens_1m import MovieLens1M
 from scalerec.data.sources.movielens_100k import MovieLens100K
 from scalerec.data.sources.parquet import Parquet
 from scalerec.data.sources.synthetic import Synthetic
+from scalerec.data.split import PARTS, RandomSplit, TimeSplit
 from scalerec.errors import InputError
 from scalerec.schema import Categorical, Group, Schema, Task
 
@@ -116,6 +119,47 @@ def test_parquet_reads_files_where_they_are(tmp_path: Path) -> None:
         source = Parquet(path=str(path), schema_file=schema_file)
         assert source.prepare().files == found
         assert source.schema() == schema
+
+
+def with_times(folder: Path, times: Sequence | np.ndarray) -> Parquet:
+    schema = Schema(
+        groups=(Group(name="all", side="item", features=(Categorical(name="x"),)),), tasks=(Task(name="y"),), user="u",
+        time="t",
+    )  # fmt: skip
+    (folder / "schema.json").write_text(schema.model_dump_json())
+    constant = {name: pa.repeat(0, len(times)) for name in ("u", "x", "y")}
+    pq.write_table(pa.table({"t": times, **constant}), folder / "log.parquet", row_group_size=100)
+    return Parquet(path=str(folder / "log.parquet"), schema_file=str(folder / "schema.json"))
+
+
+@pytest.mark.parametrize(
+    ("times", "rows", "test"),
+    [
+        (np.random.default_rng(0).permutation(1000), (800, 100, 100), 900),
+        (np.repeat([20220420, 20220421, 20220422, 20220423], [500, 300, 60, 140]), (800, 60, 140), 20220423),
+        (np.array([1, 2, 2, 2, 2, 3], "datetime64[s]"), (1, 4, 1), 3),
+        (np.arange(1000) * 1e-3 + 1.7e9, (800, 100, 100), 1.7e9 + 0.9),
+    ],
+    ids=["shuffled", "days", "few", "milliseconds"],
+)
+def test_a_log_without_a_split_is_cut_in_time(tmp_path: Path, times: np.ndarray, rows: tuple, test: float) -> None:
+    said: list[str] = []
+    source = with_times(tmp_path, times)
+    prepared = source.prepare(said.append)
+    assert isinstance(prepared.split, TimeSplit)
+    assert prepared.split.test == pytest.approx(test, rel=1e-13)
+    assert prepared.notes["split"] in said[-1]
+    found = ParquetRows.of(source, prepared)
+    assert tuple(sum(batch.num_rows for batch in found.batches(part)) for part in PARTS) == rows
+
+
+def test_a_log_of_two_times_or_missing_ones_asks_for_a_split(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"column 't': fewer than three different times.*--data.split"):
+        with_times(tmp_path, [5, 5, 6]).prepare()
+    with pytest.raises(InputError, match="column 't', row 1 of a piece: no time"):
+        with_times(tmp_path, [5, None, 6]).prepare()
+    source = with_times(tmp_path, [5, 5, 6])
+    assert source.model_copy(update={"split": RandomSplit()}).prepare().split == RandomSplit()
 
 
 def test_parquet_names_what_is_missing(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from scalerec.schema import Categorical, Feature, Group, MultiCategorical, Numer
 
 SAMPLE = 200_000  # rows looked at
 GROUP = 6  # features to a guessed group
+FAR = 1e10  # seconds since 1970 in the year 2286; milliseconds in April 1970
 FEW = 30  # distinct whole numbers up to which a column is a category
 LABEL = re.compile(
     r"^(is_|has_|did_)|label|click|like|buy|bought|purchas|convert|target|finish|skip|follow|share", re.I
@@ -63,9 +64,13 @@ def infer(rows: ParquetRows) -> tuple[Schema, list[str]]:
         for side, features in sides.items()
         for number, first in enumerate(range(0, len(features), GROUP))
     ]
+    unit = 1.0
+    if time is not None and not pa.types.is_temporal(table.column(time).type):
+        unit = _time_unit(table.column(time))
+        remarks.append(f"{time}: read as numbers of {unit:g} s each; another unit is `time_unit` in the schema")
     remarks.append("groups: only cut into pieces of six; put together what belongs together")
     tasks = tuple(Task(name=re.sub(r"^(is|has|did)_", "", name), label=name) for name in labels)
-    return Schema(groups=tuple(groups), tasks=tasks, user=user, item=item, time=time), remarks
+    return Schema(groups=tuple(groups), tasks=tasks, user=user, item=item, time=time, time_unit=unit), remarks
 
 
 def _sample(rows: ParquetRows) -> pa.Table:
@@ -132,6 +137,12 @@ def _is_time(table: pa.Table, name: str) -> bool:
         and not OUTCOME.search(name)
         and pc.count_distinct(table.column(name)).as_py() > FEW
     )
+
+
+def _time_unit(column: pa.ChunkedArray) -> float:
+    """The unit, in seconds, of numbers since 1970: the coarsest that puts them before 2286."""
+    median = pc.approximate_median(column).as_py() or 0.0
+    return next((unit for unit in (1.0, 1e-3, 1e-6, 1e-9) if median * unit < FAR), 1.0)
 
 
 def _only(names: Iterable[str], pattern: re.Pattern[str], what: str, example: str) -> str:

@@ -18,9 +18,10 @@ from scalerec.schema import Schema
 
 
 class Prepared(NamedTuple):
-    """Parquet files that are ready to be read, in this order, and what was noted while they were made."""
+    """Parquet files that are ready to be read, in this order, their parts, and what was noted while they were made."""
 
     files: list[Path]
+    split: Split
     notes: dict[str, Any]
 
 
@@ -29,7 +30,7 @@ class Source(Component):
 
     version: ClassVar[int] = 1  # raised when `build` writes other files than before
     row_column: ClassVar[str] = ""  # column with the rows' numbers, where these are not their places in the files
-    split: Split
+    split: Split | None
 
     @abstractmethod
     def schema(self) -> Schema:
@@ -68,7 +69,12 @@ class Source(Component):
             finally:
                 shutil.rmtree(building, ignore_errors=True)
         manifest = json.loads((folder / "manifest.json").read_text())
-        return Prepared(sorted(folder.glob("*.parquet")), manifest["notes"])
+        files = sorted(folder.glob("*.parquet"))
+        return Prepared(files, self.split or self.usual_split(files), manifest["notes"])
+
+    def usual_split(self, files: list[Path]) -> Split:
+        """What parts the prepared files where no `split` is named."""
+        raise NotImplementedError(f"{self.kind} names its split")
 
 
 def cache_root() -> Path:

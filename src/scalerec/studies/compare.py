@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 
 from scalerec import checkpoint, evaluate, metrics, topk
-from scalerec.config import override
+from scalerec.config import allowed, override
 from scalerec.data.reader import ParquetRows
 from scalerec.errors import InputError
 from scalerec.evaluate import NEXT, Predictions
@@ -168,6 +168,7 @@ def _train(run: Run, seed: int, folder: Path, workers: int, console: Console, ch
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.json").write_text(run.model_dump_json())
     command = [sys.executable, "-m", "scalerec", "train", str(folder / "run.json"), "--out", str(folder), "--quiet"]
+    command += [f"--allow={package}" for package in allowed()]
     status, said = children.run(command + ["--resume"] * resume, {"OMP_NUM_THREADS": threads})
     if status:
         raise InputError(f"{run.name}, seed {seed}: {(said.strip().splitlines() or ['failed'])[-1]}")

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from scalerec import config
 from scalerec.data.parts import write_parts
-from scalerec.data.reader import find_parquet
+from scalerec.data.reader import ParquetRows, find_parquet
 from scalerec.data.source import Prepared, Source, Split
-from scalerec.data.split import RandomSplit
+from scalerec.data.split import NoSplit, RandomSplit, TimeSplit, times_of
 from scalerec.errors import InputError
 from scalerec.features import history
 from scalerec.schema import Schema
+
+STEPS = 65_536  # between the first and the last time of a log, at which it may be cut
+SHARE = 0.1  # of the rows, for validation and for the test
 
 
 class Parquet(Source):
@@ -29,7 +33,7 @@ class Parquet(Source):
     kind: Literal["parquet"] = "parquet"
     path: str = ""
     schema_file: str = ""  # JSON of a Schema, as `scalerec schema infer` writes it
-    split: Split = RandomSplit()
+    split: Split | None = None  # None: the latest tenth tests, the one before validates; at random without a time
 
     def schema(self) -> Schema:
         if not self.schema_file:
@@ -53,8 +57,43 @@ class Parquet(Source):
         except (pa.ArrowException, OSError):
             absent = set()  # the reader names the broken file
         if absent:
-            return super().prepare(progress)
-        return Prepared(files, {"path": self.path, "files": len(files)})
+            prepared = super().prepare(progress)
+        else:
+            split = self.split or self.usual_split(files)
+            prepared = Prepared(files, split, {"path": self.path, "files": len(files)})
+        split = prepared.split.model_dump_json()
+        if self.split is None:
+            progress(f"no --data.split: taking '{split}'")
+        return prepared._replace(notes=prepared.notes | {"split": split})
+
+    def usual_split(self, files: list[Path]) -> Split:
+        """Cut in time by the schema's `time` column, in one pass over it; at random where the schema names none.
+
+        Raises:
+            InputError: fewer than three different times, or a row without one.
+        """
+        column = self.schema().time
+        if column is None:
+            return RandomSplit(validation=SHARE, test=SHARE)
+        rows = ParquetRows(files, NoSplit(), skip_bad_shards=True)  # who reads them says which are bad
+        ends = [(times.min(), times.max()) for times in _times(rows, column)]
+        edges = np.linspace(min(first for first, _ in ends), max(last for _, last in ends), STEPS)
+        counts, firsts = np.zeros(STEPS, np.int64), np.full(STEPS, np.inf)
+        for times in _times(rows, column):
+            step = np.searchsorted(edges, times, side="right") - 1
+            counts += np.bincount(step, minlength=STEPS)
+            np.minimum.at(firsts, step, times)
+        steps = np.flatnonzero(counts)[::-1]  # the latest first
+        if len(steps) < 3:
+            raise InputError(
+                f"column {column!r}: fewer than three different times, so the log cannot be cut into training, "
+                "validation and test: choose another --data.split (docs/data.md)"
+            )
+        later, share = counts[steps].cumsum(), SHARE * rows.num_rows  # rows from the begin of a step on
+        test = int(np.abs(later[:-2] - share).argmin())
+        validation = test + 1 + int(np.abs(later[test + 1 : -1] - later[test] - share).argmin())
+        cuts = firsts[steps]
+        return TimeSplit(column=column, validation=float(cuts[validation]), test=float(cuts[test]))
 
     def identity(self) -> dict[str, Any]:
         stamps = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in self.files()]
@@ -71,3 +110,9 @@ class Parquet(Source):
         log = pa.concat_tables(tables)
         write_parts(folder, history.replay_pieces(self.schema(), log))
         return {"path": self.path, "rows": log.num_rows, "histories": [s.name for s in self.schema().sequences]}
+
+
+def _times(rows: ParquetRows, column: str) -> Iterator[np.ndarray]:
+    for batch in rows.batches("train", [column]):
+        if batch.num_rows:
+            yield times_of(batch, column)

@@ -131,7 +131,7 @@ class Sequences(Source):
         return self.of if self.protocol == "time" else (self.of, self.protocol)
 
     def identity(self) -> dict[str, Any]:
-        split = self.of.split.model_dump(mode="json")
+        split = self.of.model_dump(mode="json", include={"split"})["split"]
         return {**super().identity(), "of": self.of.identity(), "of_split": split}
 
     def build(self, folder: Path, progress: Callable[[str], None]) -> dict[str, Any]:
@@ -140,6 +140,7 @@ class Sequences(Source):
         prepared = self.of.prepare(progress)
         schema = self.schema()
         rows = ParquetRows(prepared.files, NoSplit())
+        split = prepared.split if self.protocol == "time" else NoSplit()
         counts: Counter[str] = Counter()
         partitions = max(-(-rows.num_rows // self.partition_rows), 1)
         size = min(max(ROW_GROUP * USUAL_LENGTH // self.max_len, 1024), ROW_GROUP)
@@ -147,7 +148,7 @@ class Sequences(Source):
         def pieces() -> Iterator[pa.Table]:
             for number in range(partitions):
                 progress(f"sequences of {self.of.kind}: partition {number + 1} of {partitions} (by user)")
-                log, parts = self._read(rows, schema, number, partitions)
+                log, parts = self._read(rows, split, schema, number, partitions)
                 if not log.num_rows:
                     continue
                 by_time = self.protocol == "time"
@@ -183,10 +184,11 @@ class Sequences(Source):
         events = events.filter(pa.array(mine)).append_column(ROW, pa.array(np.full(int(mine.sum()), -1)))
         return [events], [np.full(events.num_rows, -1, np.int8)]
 
-    def _read(self, rows: ParquetRows, schema: Schema, number: int, partitions: int) -> tuple[pa.Table, np.ndarray]:
-        """The log's rows of one partition of its users, without lists, and the part [n] of each by the inner split."""
+    def _read(
+        self, rows: ParquetRows, split: Split, schema: Schema, number: int, partitions: int
+    ) -> tuple[pa.Table, np.ndarray]:
+        """The log's rows of one partition of its users, without lists, and the part [n] of each."""
         columns = _plain_columns(self.of, schema)
-        split = self.of.split if self.protocol == "time" else NoSplit()
         tables, parts = self._earlier(rows, schema, columns, number, partitions)
         for piece in rows.pieces("train", list(dict.fromkeys([*columns, *columns_of(split)]))):
             part = split.part_of(piece.rows, int(piece.index[0]))
