@@ -28,13 +28,14 @@ PARTS = ("train", "validation", "test")
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; 0 done, 1 it found what it looks for, 2 the input has to change (a line on standard error)."""
     parser = _parser()
+    arguments, overrides = _apart(sys.argv[1:] if arguments is None else arguments)
     options, rest = parser.parse_known_args(arguments)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # asked to stop, by whoever: as with Ctrl-C
     try:
         for package in options.allow:
             config.allow(package)
-        changes = _changes(rest)
+        changes = _changes(overrides + rest)
         if changes and not options.overridable:
             raise InputError(f"--{next(iter(changes))}: `scalerec {options.command}` has no such option")
         options.changes = changes
@@ -112,6 +113,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _apart(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """All but the overrides by path, and these: argparse would take their values for its own words."""
+    own: list[str] = []
+    overrides: list[str] = []
+    waits = False  # the path before has no value yet
+    for word in arguments:
+        is_path = bool(re.fullmatch(r"--\w+(\.\w+)+", word))
+        takes = waits and not word.startswith("--")
+        (overrides if is_path or takes else own).append(word)
+        waits = is_path
+    return own, overrides
+    return own, overrides
+
+
 def _changes(rest: list[str]) -> dict[str, str]:
     """Overrides: --a.b value or --a.b=value."""
     changes: dict[str, str] = {}
@@ -121,10 +136,9 @@ def _changes(rest: list[str]) -> dict[str, str]:
             raise InputError(f"{word!r}: did not expect that; options look like --model.dim 256")
         path, equals, value = word[2:].partition("=")
         if not equals:
-            try:
-                value = next(words)
-            except StopIteration:
-                raise InputError(f"--{path}: needs a value") from None
+            value = next(words, "--")
+            if value.startswith("--"):
+                raise InputError(f"--{path}: needs a value")
         changes[path] = value
     return changes
 
@@ -164,7 +178,7 @@ def data(options: argparse.Namespace) -> None:
         return print(json.dumps(found))
     table = Table("part", "rows", *(f"{task}" for task in parts["train"].positives))
     for part, counts in parts.items():
-        shares = (f"{n / max(counts.rows, 1):.2%}" for n in counts.positives.values())
+        shares = (f"{n / max(counts.counted[task], 1):.2%}" for task, n in counts.positives.items())
         table.add_row(part, f"{counts.rows:,}", *shares)
     out.print(table)
     for key, value in prepared.notes.items():

@@ -13,6 +13,7 @@ import torch
 
 from scalerec import metrics, topk
 from scalerec.batch import Batch, Outputs
+from scalerec.errors import InputError
 from scalerec.models.sequential import SequentialModel
 
 BATCH = 1024  # rows: so that evaluating takes no more memory than training
@@ -47,6 +48,8 @@ def predict(model: Callable[[Batch], Outputs], batches: Iterable[Batch]) -> Pred
         # Few and ever larger: thousands of small arrays would pin the memory that the batches between them gave back.
         while len(parts) > 1 and len(parts[-2].index) <= len(parts[-1].index):
             parts[-2:] = [_joined(parts[-2:])]
+    if not parts:
+        raise InputError("no rows to evaluate: choose another part or file, or move the cuts of --data.split")
     return _joined(parts)
 
 

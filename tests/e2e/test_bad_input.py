@@ -112,6 +112,16 @@ def test_unknown_override_names_the_nearest(train, complaint):
     complaint(train("--model.hiddenn", "[8]"), "--model.hiddenn", "did you mean --model.hidden?")
 
 
+def test_overrides_may_stand_anywhere(capsys, complaint):
+    told = []
+    for words in (["--model.rank", "3", "dcnv2_movielens_100k"], ["dcnv2_movielens_100k", "--model.rank=3"]):
+        assert main(["describe", *words, "--json"]) == 0
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1]
+    for words in (["--model.rank", "--json"], ["--model.rank", "--training.epochs", "2"], ["--model.rank"]):
+        complaint(main(["describe", "dcnv2_movielens_100k", *words]), "--model.rank: needs a value")
+
+
 def test_value_of_the_wrong_type(train, complaint):
     complaint(train("--training.epochs", "many"), "training.epochs", "integer")
 
@@ -177,3 +187,14 @@ def test_prediction_over_existing_scores(train, log, tmp_path, complaint):
     again = ["predict", str(tmp_path / "run"), str(scored), "--out", str(tmp_path / "again.parquet")]
     complaint(main(again), "score_click")
     assert not (tmp_path / "again.parquet").exists()
+    (tmp_path / "both").mkdir()
+    rows = pq.read_table(log)
+    pq.write_table(rows, tmp_path / "both/a.parquet")
+    at = rows.column_names.index("item_id")
+    pq.write_table(rows.set_column(at, "item_id", rows["item_id"].cast(pa.int32())), tmp_path / "both/b.parquet")
+    complaint(
+        main([*again[:2], str(tmp_path / "both"), *again[3:]]),
+        "both: files of different columns",
+        "not all have item_id: int",
+    )
+    assert sorted(path.name for path in tmp_path.glob("*.parquet")) == sorted({log.name, "scored.parquet"})

@@ -188,7 +188,9 @@ def test_a_random_split_of_users_follows_the_users(users, random):
 def test_files_are_found(tmp_path):
     (tmp_path / "a" / "b").mkdir(parents=True)
     names = ["2.parquet", "10.parquet", "a/b/3.parquet", ".hidden.parquet", "_meta.parquet", "notes.txt"]
+    names += ["_delta_log/00.checkpoint.parquet", "a/.tmp/part.parquet"]  # of writers at work
     for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     found = [path.relative_to(tmp_path).as_posix() for path in find_parquet(tmp_path)]
     assert found == ["10.parquet", "2.parquet", "a/b/3.parquet"]
@@ -386,9 +388,27 @@ def test_parts_are_counted_and_must_be_usable(tmp_path):
         "test": (11, 6),
     }
     check_parts(counts)
-    for test, words in ((19.9, "the validation part holds no rows"), (20.5, "all 1 validation rows are of one class")):
+    for test, words in (
+        (19.9, "the validation part holds no rows"),
+        (20.5, "all 1 validation rows that count are of one class"),
+    ):
         with pytest.raises(InputError, match=words):
             check_parts(count_parts(ParquetRows(files, TimeSplit(column="time", validation=19.5, test=test)), SCHEMA))
+
+
+def test_only_labels_that_count_are_counted(tmp_path):
+    log = {
+        "user": [1] * 6, "item": [1] * 6, "y": [1, 1, None, 0, 1, 0],
+        "mask": [1, 1, 1, 0, None, 1], "weight": [1.0, 0.5, 1.0, 1.0, 1.0, 0.0],
+    }  # fmt: skip
+    pq.write_table(pa.table(log), tmp_path / "log.parquet")
+    tasks = (Task(name="plain", label="y"), Task(name="masked", label="y", mask="mask", weight="weight"))
+    schema = SCHEMA.model_copy(update={"tasks": tasks})
+    counts = count_parts(ParquetRows([tmp_path / "log.parquet"], NoSplit()), schema)
+    assert counts["train"].counted == {"plain": 5, "masked": 2}
+    assert counts["train"].positives == {"plain": 3, "masked": 2}
+    with pytest.raises(InputError, match="'masked': all 2 train rows that count are of one class"):
+        check_parts(counts)
 
 
 # -- loading

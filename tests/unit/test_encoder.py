@@ -84,6 +84,8 @@ X = Categorical(name="x")
         ([7.0, 5.0, float("nan")], [5, 7, 6], [3, 4, UNKNOWN]),
         ([7, 5], [5.0, 7.0, 6.5, float("nan"), float("inf"), None], [3, 4, UNKNOWN, MISSING, MISSING, MISSING]),
         ([2.5, 1.5], [1.5, 2.5, 3.5], [3, 4, UNKNOWN]),
+        (pa.array([1.1, 1.1, 2.5], pa.float32()), pa.array([1.1, 2.5], pa.float32()), [3, 4]),
+        (pa.array([1.1, 1.1, 2.5], pa.float32()), [float(np.float32(1.1)), 2.5], [3, 4]),
         (["1", "2"], [2, 1, 3], [4, 3, UNKNOWN]),
         ([7, 5], pa.nulls(2), [MISSING, MISSING]),
         (["b", "a"], pa.nulls(2), [MISSING, MISSING]),

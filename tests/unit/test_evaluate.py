@@ -8,6 +8,7 @@ import torch
 
 from scalerec import evaluate
 from scalerec.batch import Batch, Outputs, Rows
+from scalerec.errors import InputError
 from tests.unit import sequences
 from tests.unit.sequences import model_of
 
@@ -37,6 +38,11 @@ def test_rows_come_in_order_however_they_are_cut(sizes):
         assert getattr(found, name).dtype == getattr(expected, name).dtype
     assert found.index.tolist() == list(range(57)) and found.users.tolist() == list(range(0, 57 * 7, 7))
     np.testing.assert_allclose(found.probabilities[:, 0], 1 / (1 + np.exp(-np.arange(57) / 100)), rtol=1e-6)
+
+
+def test_no_rows_are_an_error_of_the_input():
+    with pytest.raises(InputError, match="no rows to evaluate"):
+        evaluate.predict(model, [])
 
 
 def test_small_arrays_are_not_kept(monkeypatch):

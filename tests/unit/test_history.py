@@ -136,6 +136,25 @@ def test_equal_times_do_not_see_each_other_and_keep_file_order() -> None:
     assert lists == [[2, 3], [], [], [2, 3, 1]]
 
 
+def test_numbers_that_are_not_finite_are_missing() -> None:
+    """As stores take them: no event, no user, not kept by `where`; never a time."""
+    nan, row = float("nan"), {"user": 1.0, "maker": None}
+    rows = [
+        row | {"time": 1.0, "item_id": 1.0, "like": nan}, row | {"time": 2.0, "item_id": nan, "like": 1.0},
+        row | {"time": 3.0, "item_id": 2.0, "like": 1.0}, row | {"time": 4.0, "item_id": 3.0, "like": 0.0},
+        row | {"time": 5.0, "item_id": 9.0, "like": 1.0, "user": nan},
+        row | {"time": 6.0, "item_id": 9.0, "like": 1.0, "user": nan},
+    ]  # fmt: skip
+    log = pa.Table.from_pylist(rows)
+    log = log.set_column(log.column_names.index("maker"), "maker", pa.nulls(6, pa.string()))
+    found = history.replay(SCHEMA, log)
+    assert found["seen_item"].to_pylist() == [[], [1.0], [1.0], [1.0, 2.0], [], []]
+    assert found["liked_item"].to_pylist() == [[], [], [], [2.0], [], []]
+    late = log.set_column(log.column_names.index("time"), "time", pa.array([1.0, 2.0, nan, 4.0, 5.0, 6.0]))
+    with pytest.raises(InputError, match="'time' has 1 rows without a time"):
+        history.replay(SCHEMA, late)
+
+
 def test_an_empty_log_gets_its_columns() -> None:
     empty = history.replay(SCHEMA, table([]))
     assert empty.num_rows == 0

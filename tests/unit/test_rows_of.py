@@ -114,6 +114,35 @@ def test_a_day_may_be_a_category_of_the_moment(tmp_path, vocabulary):
         bundle.export(run, tmp_path / "c")
 
 
+def few(**columns: pa.Array) -> tuple[pa.Table, Schema]:
+    """A log in which no feature reads the time."""
+    log = {"user": [1, 2, 3, 4], "item": [1, 2, 1, 2], "click": [0, 1, 0, 1], "at": [datetime(2024, 1, 2)] * 4}
+    item = (Categorical(name="item"), *(Categorical(name=name) for name in columns))
+    schema = Schema(
+        groups=(Group(name="user", side="user", features=(Categorical(name="user"),)),
+                Group(name="item", side="item", features=item)),
+        tasks=(Task(name="click"),), user="user", item="item", time="at", dim=8,
+    )  # fmt: skip
+    return pa.table(log | columns), schema
+
+
+def test_the_type_of_the_time_is_known_though_no_feature_reads_it(tmp_path):
+    log, schema = few()
+    assert item_rows(saved_run(tmp_path / "run", dcnv2.tiny(), log, schema)).types["at"] == "timestamp[us]"
+
+
+@pytest.mark.parametrize("largest", [2**63 - 1, 2**63])
+def test_whole_numbers_that_no_request_could_bring_are_refused(tmp_path, largest):
+    log, schema = few(code=pa.array([1, 2, None, largest], pa.uint64()))
+    run = saved_run(tmp_path / "run", dcnv2.tiny(), log, schema)
+    if largest < 2**63:
+        bundle.export(run, tmp_path / "b")
+        return
+    with pytest.raises(InputError, match=f"'code' holds {largest}: a service takes whole numbers below"):
+        bundle.export(run, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
 def test_what_belongs_to_an_item_is_measured():
     random = np.random.default_rng(0)
     item = random.integers(0, 200, 5000)

@@ -170,7 +170,7 @@ def test_models_of_two_kinds_of_histories_each_have_theirs(world):
     columns = service.models.by_name["rankmixer"].columns
     second = type(columns)(world.encoder, bundle_of(world, "rankmixer").items, {})
     second.schema = other_schema()
-    states.add(second, {}, lambda item: {})
+    states.add("second", second, {}, lambda item: {})
     assert len(states.kept) == 2
     with client_of(service) as client:
         found = client.post("/v1/events", json={"events": [event(i, "u9") for i in range(4)]})
@@ -178,16 +178,30 @@ def test_models_of_two_kinds_of_histories_each_have_theirs(world):
         lengths = [len(one.store.history("u9")["seen"]) for one in states.kept]
         assert lengths == [4, 2]
     picky = States(["memory:"])
-    picky.add(columns, {}, lambda item: {})
-    picky.add(second, {second.schema.item: "text"}, lambda item: {})
+    picky.add("rankmixer", columns, {}, lambda item: {})
+    picky.add("second", second, {second.schema.item: "text"}, lambda item: {})
     with client_of(service_of(world, ("rankmixer",), states=picky)) as client:
         refused = client.post("/v1/events", json={"events": [event(0, "u9")]})
         assert refused.status_code == 422 and "a text there" in refused.json()["error"], refused.text
     assert [one.store.count() for one in picky.kept] == [0, 0]  # what the second refuses is not in the first either
     elsewhere = States(["redis://h/0"], lambda url, schema, kinds: states.kept[0].store)
-    elsewhere.add(columns, {}, lambda item: {})
+    elsewhere.add("rankmixer", columns, {}, lambda item: {})
     with pytest.raises(InputError, match="one --state for each"):
-        elsewhere.add(second, {}, lambda item: {})
+        elsewhere.add("second", second, {}, lambda item: {})
+
+
+def test_an_item_is_as_the_first_model_knows_it_that_knows_it(world):
+    states = States(["memory:"])
+    service = service_of(world, states=states)
+    (kept,) = states.kept
+    assert list(kept.models) == ["rankmixer", "hstu"]
+    first, second = (service.models.by_name[name].columns for name in kept.models)
+    states.add("rankmixer", first, {}, lambda item: {1: {"author": "old"}}.get(item, {}))
+    states.add("hstu", second, {}, lambda item: {"author": "new"})
+    assert [kept.row(item)["author"] for item in (1, 2)] == ["old", "new"]
+    assert len(states.kept) == 1 and list(kept.models) == ["rankmixer", "hstu"]
+    second.events = {**second.events, "weather": []}
+    assert kept.reads("weather") and not kept.reads("wind")
 
 
 def test_a_retriever_reads_what_it_knows_of_the_context(world):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -25,8 +26,9 @@ from scalerec.data.sources.parquet import Parquet
 from scalerec.data.sources.synthetic import Synthetic
 from scalerec.data.split import PARTS, RandomSplit, TimeSplit
 from scalerec.errors import InputError
-from scalerec.schema import Categorical, Group, Schema, Task
+from scalerec.schema import Categorical, Group, Schema, Sequence, SequenceField, Task
 
+ITEM = Categorical(name="i")
 EVERY = [
     MovieLens100K(),
     MovieLens1M(),
@@ -121,7 +123,7 @@ def test_parquet_reads_files_where_they_are(tmp_path: Path) -> None:
         assert source.schema() == schema
 
 
-def with_times(folder: Path, times: Sequence | np.ndarray) -> Parquet:
+def with_times(folder: Path, times: list | np.ndarray) -> Parquet:
     schema = Schema(
         groups=(Group(name="all", side="item", features=(Categorical(name="x"),)),), tasks=(Task(name="y"),), user="u",
         time="t",
@@ -160,6 +162,59 @@ def test_a_log_of_two_times_or_missing_ones_asks_for_a_split(tmp_path: Path) -> 
         with_times(tmp_path, [5, None, 6]).prepare()
     source = with_times(tmp_path, [5, 5, 6])
     assert source.model_copy(update={"split": RandomSplit()}).prepare().split == RandomSplit()
+
+
+def past_of_items(*names: str) -> Schema:
+    past = tuple(Sequence(name=name, fields=(SequenceField(of="i"),)) for name in names)
+    return Schema(
+        groups=(
+            Group(name="past", side="user", features=past), Group(name="item", side="item", features=(ITEM,)),
+        ), tasks=(Task(name="y"),), user="u", item="i", time="t",
+    )  # fmt: skip
+
+
+def test_lists_are_all_brought_or_all_made(tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text(past_of_items("h", "g").model_dump_json())
+    log = {"u": [1, 1], "i": [1, 2], "t": [1, 2], "y": [0, 1], "h_i": [[], [1]]}
+    pq.write_table(pa.table(log), tmp_path / "log.parquet")
+    with pytest.raises(InputError, match="has the list column 'h_i' and not 'g_i'"):
+        Parquet(path=str(tmp_path / "log.parquet"), schema_file=str(tmp_path / "schema.json")).prepare()
+
+
+def test_files_of_different_widths_are_replayed_together(tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text(past_of_items("h").model_dump_json())
+    (tmp_path / "log").mkdir()
+    for name, kind, times in (("a", pa.int64(), [1, 2]), ("b", pa.int32(), [3])):
+        log = pa.table({"u": [1] * len(times), "i": pa.array(times, kind), "t": times, "y": [0] * len(times)})
+        pq.write_table(log, tmp_path / "log" / f"{name}.parquet")
+    source = Parquet(path=str(tmp_path / "log"), schema_file=str(tmp_path / "schema.json"))
+    assert pq.read_table(source.prepare().files[0])["h_i"].to_pylist() == [[], [1], [1, 2]]
+    pq.write_table(pa.table({"u": [1], "i": ["x"], "t": [4], "y": [0]}), tmp_path / "log" / "c.parquet")
+    with pytest.raises(InputError, match="the files do not go together"):
+        source.prepare()
+
+
+class Slow(Parquet):
+    """A log that another process has prepared while this one was at it."""
+
+    def build(self, folder: Path, progress: Callable[[str], None]) -> dict[str, Any]:
+        made = super().build(folder, progress)
+        if type(self) is Slow:
+            theirs = Parquet(**self.model_dump()).prepare().files[0]
+            self.theirs.append((theirs, theirs.stat().st_ino))
+        return made
+
+    theirs: ClassVar[list[tuple[Path, int]]] = []
+
+
+def test_what_another_process_prepared_meanwhile_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text(past_of_items("h").model_dump_json())
+    log = {"u": [1] * 3, "i": [1, 2, 3], "t": [1, 2, 3], "y": [0, 1, 0]}
+    pq.write_table(pa.table(log), tmp_path / "log.parquet")
+    source = Slow(path=str(tmp_path / "log.parquet"), schema_file=str(tmp_path / "schema.json"))
+    (found,) = source.prepare().files
+    assert Slow.theirs == [(found, found.stat().st_ino)]
+    assert not list(found.parent.parent.glob(".building-*"))
 
 
 def test_parquet_names_what_is_missing(tmp_path: Path) -> None:

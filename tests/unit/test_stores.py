@@ -16,7 +16,7 @@ import pytest
 from scalerec.errors import InputError
 from scalerec.features import history
 from scalerec.features.encoder import Encoder
-from scalerec.schema import Categorical, Group, Sequence, SequenceField
+from scalerec.schema import Categorical, Group, Schema, Sequence, SequenceField
 from scalerec.serving.events import Event, kinds_of
 from scalerec.serving.lmdb_store import LMDBStore
 from scalerec.serving.store import MemoryStore, Remembered, StoreUnavailable, open_store
@@ -86,6 +86,21 @@ def test_a_column_of_the_user_needs_no_second_mention() -> None:
     store = open_store("memory:", SCHEMA.model_copy(update={"groups": groups}))
     store.append([Event("a", 7, {"time": 1})])
     assert store.history(7) == {"who": ((7,),)}
+
+
+@pytest.mark.parametrize("url", ["memory:", "lmdb:"])
+def test_a_time_of_another_kind_than_before_is_refused_whatever_kept_it(url: str, tmp_path: Path) -> None:
+    """Here no sequence keeps its times, and the events with a like are not in the list of those with a buy."""
+    past = tuple(Sequence(name=name, fields=(SequenceField(of="item"),), where=name) for name in ("like", "buy"))
+    group = SCHEMA.groups[0].model_copy(update={"features": past})
+    schema = SCHEMA.model_copy(update={"groups": (group, SCHEMA.groups[1])})
+    schema = Schema.model_validate_json(schema.model_dump_json())
+    store = open_store(url + (str(tmp_path) if url == "lmdb:" else ""), schema)
+    assert store.append([event("e1", time=1000, like=1, buy=0)]) == [True]
+    with pytest.raises(InputError, match=r"'time' is a moment, but in the user's earlier events it is a number"):
+        store.append([event("e2", time="2024-01-01T00:00:00Z", like=0, buy=1)])
+    assert store.known(1).last == 1000
+    store.close()
 
 
 def test_kinds_come_from_what_an_encoder_can_read() -> None:

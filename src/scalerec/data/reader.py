@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from scalerec.data.source import Prepared, Source
 from scalerec.data.split import PARTS, ColumnSplit, NoSplit, Part, Split, TimeSplit, columns_of
 from scalerec.errors import InputError
+from scalerec.features.numeric import numbers
 from scalerec.schema import Schema
 
 PIECE_ROWS = 16_384
@@ -26,7 +27,8 @@ def find_parquet(path: str | Path) -> list[Path]:
     """The Parquet files of a file, a folder or a glob, in the order of their names; InputError when there are none."""
     path = Path(path)
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*.parquet") if not p.name.startswith((".", "_")))
+        names = {p: p.relative_to(path).parts for p in path.rglob("*.parquet")}
+        found = sorted(p for p, parts in names.items() if not any(part.startswith((".", "_")) for part in parts))
     elif path.exists():
         found = [path]
     else:
@@ -198,14 +200,16 @@ def _coded(metadata: pq.FileMetaData, group: int, columns: Sequence[str]) -> lis
 @dataclass(frozen=True)
 class PartCounts:
     rows: int
-    positives: dict[str, int]  # by task
+    counted: dict[str, int]  # by task, the rows that count in it
+    positives: dict[str, int]  # by task, of these
 
 
 def count_parts(rows: ParquetRows, schema: Schema) -> dict[Part, PartCounts]:
-    """Rows and positive labels of each part, from the label columns alone."""
+    """Rows of each part, and by task those that count and the positive ones, from the label columns alone."""
     found: dict[Part, PartCounts] = {}
     for part in PARTS:
-        total, positives = 0, {task.name: 0 for task in schema.tasks}
+        total, counted = 0, {task.name: 0 for task in schema.tasks}
+        positives = dict(counted)
         for batch in rows.batches(part, schema.label_columns()):
             total += batch.num_rows
             for task in schema.tasks:
@@ -213,8 +217,13 @@ def count_parts(rows: ParquetRows, schema: Schema) -> dict[Part, PartCounts]:
                 if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)
                         or pa.types.is_boolean(values.type) or pa.types.is_null(values.type)):  # fmt: skip
                     raise InputError(f"label {task.column!r} is {values.type}, must be 0 or 1")
-                positives[task.name] += int(np.nansum(values.cast(pa.float64()).to_numpy(zero_copy_only=False)))
-        found[part] = PartCounts(total, positives)
+                label = values.cast(pa.float64()).to_numpy(zero_copy_only=False)
+                counts = ~np.isnan(label)
+                for column in filter(None, (task.mask, task.weight)):
+                    counts &= np.nan_to_num(numbers(batch.column(column), column)[0]) != 0
+                counted[task.name] += int(counts.sum())
+                positives[task.name] += int(label[counts].sum())
+        found[part] = PartCounts(total, counted, positives)
     return found
 
 
@@ -224,8 +233,9 @@ def check_parts(parts: dict[Part, PartCounts]) -> None:
         if not counts.rows:
             raise InputError(f"the {part} part holds no rows: move the cuts of --data.split")
         for task, positives in counts.positives.items():
-            if part != "test" and positives in (0, counts.rows):
+            counted = counts.counted[task]
+            if part != "test" and positives in (0, counted):
                 raise InputError(
-                    f"task {task!r}: all {counts.rows} {part} rows are of one class, so nothing can be measured: move "
-                    "the cuts of --data.split"
+                    f"task {task!r}: all {counted} {part} rows that count are of one class, so nothing can be "
+                    "measured: move the cuts of --data.split"
                 )

@@ -63,9 +63,9 @@ class Source(Component):
                 notes = self.build(building, progress)
                 manifest = {"source": json.loads(identity), "notes": notes}
                 (building / "manifest.json").write_text(json.dumps(manifest, indent=2))
-                if folder.exists():
-                    shutil.rmtree(folder)
-                building.rename(folder)
+                if not (folder / "manifest.json").exists():  # or another process was quicker, and may read it by now
+                    shutil.rmtree(folder, ignore_errors=True)
+                    building.rename(folder)
             finally:
                 shutil.rmtree(building, ignore_errors=True)
         manifest = json.loads((folder / "manifest.json").read_text())

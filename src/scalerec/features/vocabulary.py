@@ -23,7 +23,8 @@ def keys(column: pa.Array, name: str, integer: bool | None = None) -> pa.Array:
     if pa.types.is_timestamp(column.type):  # one text per moment, whatever the unit
         column = column.cast(pa.timestamp("us", column.type.tz), safe=False)
     if pa.types.is_floating(column.type):
-        column = pc.if_else(pc.is_finite(column), column, pa.scalar(None, column.type))
+        column = column.cast(pa.float64())  # a value has one text, whatever its width
+        column = pc.if_else(pc.is_finite(column), column, pa.scalar(None, pa.float64()))
         whole = pc.all(pc.equal(column, pc.floor(column))).as_py() in (True, None)
         if integer or (integer is None and whole):
             # A fraction was never in an integer dictionary: send it to a value that is not there either.

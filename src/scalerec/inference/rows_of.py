@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from scalerec import checkpoint
@@ -42,7 +43,7 @@ class ItemRows(NamedTuple):
 
     items: pa.Table  # item column, columns that belong to the item, popularity; most popular first
     context: dict[str, Any]  # column -> default
-    types: dict[str, str]  # every column that features read -> its type in the log
+    types: dict[str, str]  # the time, and every column that features read -> its type in the log
 
 
 def item_rows(run: Path | Checkpoint) -> ItemRows:
@@ -60,10 +61,17 @@ def item_rows(run: Path | Checkpoint) -> ItemRows:
     popularity, latest, recent = Counter(), _Latest(schema.item), _Recent()
     shown = _shown_sequence(schema)
     found = pq.read_schema(log.row_groups[0].file)
-    types = {name: str(found.field(name).type) for name in schema.input_columns() if name in found.names}
+    read = [
+        *schema.input_columns(),
+        *([schema.time] if schema.time else []),
+    ]  # a request's time, read by features or not
+    types = {name: str(found.field(name).type) for name in read if name in found.names}
     more = [name for name in (schema.new_events, schema.time) if name]
     lists_of = [] if shown is None else shown.list_columns()
-    for rows in log.batches("train", list(dict.fromkeys([schema.item, *columns, *lists_of, *more]))):
+    wide = [name for name, kind in types.items() if "uint64" in kind]
+    for rows in log.batches("train", list(dict.fromkeys([schema.item, *columns, *lists_of, *more, *wide]))):
+        for name in wide:
+            _servable(rows.column(name), name)
         times = times_of(rows, schema.time) if schema.time else None
         if shown is not None:
             events, event_times, seen = _events(rows, schema, shown, columns, times)
@@ -86,6 +94,18 @@ def item_rows(run: Path | Checkpoint) -> ItemRows:
     name = POPULARITY_BESIDE if POPULARITY in schema.input_columns() else POPULARITY
     items = items.append_column(name, pa.array(counts))
     return ItemRows(items.take(pa.array(np.argsort(-counts, kind="stable"))), context, types)
+
+
+def _servable(column: pa.Array, name: str) -> None:
+    """InputError where a whole number is larger than a request may bring."""
+    column = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+    column = column.flatten() if pa.types.is_nested(column.type) else column
+    largest = pc.max(column).as_py() or 0
+    if largest >= 2**63:
+        raise InputError(
+            f"column {name!r} holds {largest}: a service takes whole numbers below 2^63; write the column as text or "
+            "as int64 and train again"
+        )
 
 
 def user_rows(run: Path | Checkpoint) -> pa.Table:

@@ -236,6 +236,12 @@ def _moment(value: date) -> datetime:
 
 def _same_kinds(past: history.Past, row: Row, schema: Schema) -> None:
     """What was read as a number must stay one: a list of both cannot be encoded, and would end all of his requests."""
+    time = next((events[-1][0] for events in past.values() if events), None)
+    if schema.time and time is not None and kind(time) != kind(row.columns[schema.time]):
+        now = kind(row.columns[schema.time])
+        raise InputError(
+            f"{row.where}: {schema.time!r} is a {now}, but in the user's earlier events it is a {kind(time)}"
+        )
     for sequence in schema.sequences:
         for i, name in enumerate(history.entry_columns(sequence, schema)):
             value = row.columns[name]

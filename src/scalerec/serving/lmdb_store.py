@@ -197,7 +197,7 @@ class LMDBStore(Store):
                 one.new, one.error = None, None
                 try:
                     planned = plan(one.rows, self.schema, there, pasts)
-                except InputError as error:
+                except Exception as error:
                     one.error = error
                     continue
                 one.new = planned.new

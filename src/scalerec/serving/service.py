@@ -62,8 +62,8 @@ class Service:
         """Of a column that several tables of `users` have the first one's counts; `loading` is for activations."""
         self.settings, self.models, self.states, self.users, self._loading = settings, models, states, users, loading
         self._row = lru_cache(ROWS, typed=True)(self._joined)
-        for served in models.by_name.values():
-            states.add(served.columns, kinds_of(served.bundle.encoder), served.engine.catalogue.row)
+        for name in models.by_name:
+            self._keep(name)
         states.all_used()
         self.metrics = Metrics(self._readings)
         self.exposures = ExposureLog(settings, self.metrics) if settings.exposures else None
@@ -227,10 +227,13 @@ class Service:
 
     async def activate(self, name: str, request: ActivateRequest) -> Answer:
         version, previous = await self.models.activate(name, request.path, self._open)
-        served = self.models.by_name[name]
-        kept = self.states.of(served.engine.schema)
-        kept.columns, kept.row = served.columns, served.engine.catalogue.row
+        self._keep(name)
         return {"name": name, "version": version, "previous": previous}
+
+    def _keep(self, name: str) -> None:
+        """Take up events as this model needs them."""
+        served = self.models.by_name[name]
+        self.states.add(name, served.columns, kinds_of(served.bundle.encoder), served.engine.catalogue.row)
 
     def _open(self, folder: Path) -> Served:
         """A bundle whose histories this service keeps."""

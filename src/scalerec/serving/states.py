@@ -25,17 +25,31 @@ from scalerec.serving.store import Remembered, Store, StoreUnavailable, open_sto
 Open = Callable[[str, Schema, Mapping[str, Any]], Store]
 
 
+Row = Callable[[Any], dict[str, Any]]  # the columns of an item, {} where it is unknown
+
+
 @dataclass
 class Kept:
     """One store, and what its events have to bring."""
 
     identity: str
     store: Store
-    columns: Columns
     local: bool  # answers in microseconds: may be asked on the event loop
-    row: Callable[[Any], dict[str, Any]]  # the columns of an item
+    models: dict[str, tuple[Columns, Row]]  # those that read from it, by name
     health: logs.Once = field(default_factory=lambda: logs.Once("store"))
     well: bool = True  # as of the last look
+
+    @property
+    def columns(self) -> Columns:
+        """Those of the first model: what histories are made of is the same for all."""
+        return next(iter(self.models.values()))[0]
+
+    def row(self, item: Any) -> dict[str, Any]:
+        """An item as the first model knows it that knows it at all: the others may be older than it."""
+        return next((row for _, find in self.models.values() if (row := find(item))), {})
+
+    def reads(self, name: str) -> bool:
+        return any(name in columns.events for columns, _ in self.models.values())
 
 
 class States:
@@ -53,15 +67,15 @@ class States:
     def has(self, schema: Schema) -> bool:
         return any(one.identity == identity(schema) for one in self.kept)
 
-    def add(self, columns: Columns, kinds: Mapping[str, Any], row: Callable[[Any], dict[str, Any]]) -> None:
-        """Open the store of a schema, once."""
-        if self.has(columns.schema):
-            return
-        mine, number = identity(columns.schema), len(self.kept)
-        url = _url(self._urls[number], mine) if number < len(self._urls) else _another(self._urls[0], mine)
-        store = self._open(url, columns.schema, kinds)
-        local = url.startswith(("lmdb:", "memory:"))
-        self.kept.append(Kept(mine, store if local else Remembered(store), columns, local, row))
+    def add(self, name: str, columns: Columns, kinds: Mapping[str, Any], row: Row) -> None:
+        """Take in a model, in its own place if it was there; a kind of histories that is new gets a store."""
+        if not self.has(columns.schema):
+            mine, number = identity(columns.schema), len(self.kept)
+            url = _url(self._urls[number], mine) if number < len(self._urls) else _another(self._urls[0], mine)
+            store = self._open(url, columns.schema, kinds)
+            local = url.startswith(("lmdb:", "memory:"))
+            self.kept.append(Kept(mine, store if local else Remembered(store), local, {}))
+        self.of(columns.schema).models[name] = columns, row
 
     def all_used(self) -> None:
         """InputError when there are more places for histories than kinds of them."""
@@ -157,7 +171,7 @@ def _event(one: Kept, event: EventRequest, where: str, all_kept: list[Kept], now
             raise Refused(422, f"say it as {'user' if name == schema.user else 'time'!r}", f"{where}.{name}")
         if name in columns.events:
             check(columns.events[name], value, f"{where}.{name}")
-        elif not any(name in other.columns.events for other in all_kept):
+        elif not any(other.reads(name) for other in all_kept):
             known = ", ".join(list(columns.events)[:20])
             raise Refused(422, f"no such column in the log: it has {known}", f"{where}.{name[:128]}")
     item = given.get(schema.item) if schema.item else None

@@ -46,14 +46,17 @@ def score_files(folder: Path, source: str, out: Path, *, skip_bad_shards: bool =
         writer = None
         for scored in _scored(saved, model, rows, names, counts):
             writer = writer or pq.ParquetWriter(temporary, scored.schema, compression="zstd")
-            writer.write_batch(scored)
+            mine, first = list(scored.schema), list(writer.schema)
+            odd = next((field for field in mine + first if (field in mine) != (field in first)), None)
+            if odd is not None:
+                what = f"not all have {odd.name}: {odd.type}"
+                raise InputError(f"{source}: files of different columns cannot be written together: {what}")
+            writer.write_batch(scored.select(writer.schema.names))
             count += scored.num_rows
         if writer is None:
             raise InputError(f"{source}: no rows to score")
         writer.close()
         temporary.replace(out)
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{source}: files of different columns cannot be written together ({error})") from None
     finally:
         temporary.unlink(missing_ok=True)
     counts += rows.counts
@@ -67,7 +70,9 @@ def _scored(
         if not piece.rows.num_rows:
             continue
         where = str(piece.group.file)
-        batch = saved.encoder.encode(piece.rows, index=piece.index, where=where, labels=False, counts=counts)
+        batch = saved.encoder.encode(
+            piece.rows, index=piece.index, where=where, first=piece.group.file_first, labels=False, counts=counts
+        )
         with torch.inference_mode():
             parts = torch.arange(len(batch)).split(BATCH)
             scores = torch.cat([torch.sigmoid(model(batch.take(part)).logits) for part in parts]).numpy()

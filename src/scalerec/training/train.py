@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections import Counter
@@ -227,6 +228,12 @@ class Training:
         if select == "last":
             return float(self.state.step)
         values = [table[select] for table in tables.values() if select in table]
+        values = [value for value in values if not math.isnan(value)]  # of a task with labels of one class only
+        if not values:
+            raise InputError(
+                f"--training.select {select}: no task can be measured by it on the validation part, where all labels "
+                "that count are of one class: move the cuts of --data.split, or select another"
+            )
         return sum(values) / len(values) * (-1 if select == "log_loss" else 1)
 
     def predict(self, part: Part) -> evaluate.Predictions:
@@ -250,7 +257,7 @@ class Training:
         layout = self.encoder.layout
         checkpoint.save(folder, run, self.encoder, layout, self.model.state_dict(), tensors, asdict(self.state))
         self._point_to_best()
-        for old in checkpoint.saved(self.out):
+        for old in folder.parent.iterdir():  # those too that a killed process had not quite removed
             if old.name not in (self._name(), self.state.best):
                 shutil.rmtree(old)
 

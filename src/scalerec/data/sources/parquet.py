@@ -51,11 +51,18 @@ class Parquet(Source):
     def prepare(self, progress: Callable[[str], None] = lambda message: None) -> Prepared:
         """The files themselves; or, with histories to be made, copies that have them."""
         files, schema = self.files(), self.schema()
-        lists = {name for sequence in schema.sequences for name in sequence.list_columns()}
+        lists = [name for sequence in schema.sequences for name in sequence.list_columns()]
         try:
-            absent = lists - set(pq.read_schema(files[0]).names)
+            there = set(pq.read_schema(files[0]).names)
         except (pa.ArrowException, OSError):
-            absent = set()  # the reader names the broken file
+            there = set(lists)  # the reader names the broken file
+        absent = [name for name in lists if name not in there]
+        if absent and len(absent) < len(lists):
+            has = next(name for name in lists if name in there)
+            raise InputError(
+                f"{files[0]}: has the list column {has!r} and not {absent[0]!r}: bring the lists of all sequences, or "
+                "none of them to have them made"
+            )
         if absent:
             prepared = super().prepare(progress)
         else:
@@ -107,7 +114,10 @@ class Parquet(Source):
                 tables.append(pq.read_table(file))
             except (pa.ArrowException, OSError) as error:
                 raise InputError(f"{file}: not a readable Parquet file ({error}); repair it or take it out") from None
-        log = pa.concat_tables(tables)
+        try:
+            log = pa.concat_tables(tables, promote_options="permissive")
+        except pa.ArrowException as error:
+            raise InputError(f"{self.path}: the files do not go together ({error})") from None
         write_parts(folder, history.replay_pieces(self.schema(), log))
         return {"path": self.path, "rows": log.num_rows, "histories": [s.name for s in self.schema().sequences]}
 
