@@ -184,7 +184,7 @@ def curves(model: HSTU, tokens: int, most: int, rounds: int) -> dict[str, float]
 
 
 def multiply_adds(config: HSTUConfig, tokens: int, candidates: int) -> float:
-    """Spec C.11: those of a pass of its own over those of a candidate in a request, per layer."""
+    """Multiply-adds of a pass of its own over those of a candidate in a request, per layer."""
     linear, pair = config.layer_macs(), config.num_heads * (config.qk_dim + config.v_dim)
     alone = (tokens + 1) * linear + (tokens + 1) ** 2 / 2 * pair
     once = tokens * linear + tokens**2 / 2 * pair

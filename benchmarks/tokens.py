@@ -5,7 +5,7 @@
 `mixing_speedup_T`: multi-head attention (`nn.MultiheadAttention`, 16 heads, no weights returned) over token mixing,
 time over time, both on the same [rows, T, dim] with rows T = `--tokens`, forward and backward. `layer_speedup_T`:
 the same for a whole layer (mixed or attended, added, normalised, a FFN of width dim that all tokens share, added,
-normalised), which is what a claim of 3.2 times above 1,000 tokens would have to mean (spec, number 36).
+normalised), which is what a claim of 3.2 times above 1,000 tokens would have to mean (docs/performance.md).
 
 `ffn_speedup_fp32`, `ffn_speedup_bf16`: the better of a Python loop over tokens and `bmm` with the bias added
 afterwards, over the per-token FFN as the models have it; a layer of `rankmixer_100m` (16 tokens, 768, 2160) on 512

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from scalerec.errors import InputError
 from scalerec.ops.pair_softmax import pair_softmax
 
-COLLISION = -5e4  # logit of a negative that is the target itself (spec C.6)
+COLLISION = -5e4  # logit of a negative that is the target itself, as in Meta's public code of HSTU
 
 
 class Term(NamedTuple):
@@ -47,7 +47,7 @@ def sampled_softmax(
     queries: Tensor, candidates: Tensor, target: Tensor, negatives: Tensor, weights: Tensor, temperature: float,
     log_q: Tensor | None = None,
 ) -> Term:  # fmt: skip
-    """Mean of -log softmax([target, negatives])_0 of the logits query . candidate / temperature, in nats (spec C.6).
+    """Mean of -log softmax([target, negatives])_0 of the logits query . candidate / temperature, in nats.
 
     Args:
         queries: [P, D], normalised by the caller where cosines are wanted; so are the candidates.

@@ -81,7 +81,7 @@ def table(places: ArrayLike | Tensor) -> dict[str, float]:
 
 
 def of_rank(places: ArrayLike | Tensor, metric: str) -> np.ndarray:
-    """What each rank is worth: "hr@K" 1 up to K, "ndcg@K" 1 / log2(rank + 1) up to K, "mrr" 1 / rank (spec C.7)."""
+    """What each rank is worth: "hr@K" 1 up to K, "ndcg@K" 1 / log2(rank + 1) up to K, "mrr" 1 / rank."""
     values = _places(places)
     kind, _, cut = metric.partition("@")
     if kind == "mrr" and not cut:

@@ -1,4 +1,4 @@
-"""Cached histories: whatever was kept before, the state is the one computed from nothing (spec C.11, D.3)."""
+"""Cached histories: whatever was kept before, the state is the one computed from nothing (docs/generative.md)."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_layers_and_biases(layers: int, biases: tuple[bool, bool], monkeypatch: 
 
 
 def test_only_the_last_token_waits_for_the_request():
-    """Spec C.4: each token asks at the time of the next; without a bias of time the last one is settled too."""
+    """Each token asks at the time of the next; without a bias of time the last one is settled too."""
     user = life(9)
     for timed, reused in ((True, 8), (False, 9)):
         model = model_of(time_bias=timed)
@@ -180,7 +180,7 @@ def test_an_event_that_enters_before_the_last_one():
 
 
 def test_content_enters_before_a_slow_entry_of_the_same_time():
-    """Equal times: content comes first, so a new event can move tokens that were the last (spec C.2)."""
+    """Equal times: content comes first, so a new event can move tokens that were the last (docs/generative.md)."""
     model = model_of(slow=True)
     user = life(3, 1)
     day = {"events": [1.0, 2.0, 5.0], "tabs": [5.0]}
@@ -273,7 +273,7 @@ def test_the_least_recently_used_is_evicted_and_bytes_are_exact():
     one = forward_delta(model, None, user).kept
     heads, qk, v, dim = (RESEARCH[name] for name in ("num_heads", "qk_dim", "v_dim", "dim"))
     told_by = one.told_by.shape[1]
-    # Spec D.3: L n h (d_qk + d_v) floats, the last rows, and what they were computed from.
+    # L n h (d_qk + d_v) floats, the last rows, and what they were computed from.
     size = 8 * (3 * heads * (qk + v) * 4 + dim * 4 + told_by * 8 + 2 * 8)
     assert one.nbytes == size
     cache = HistoryCache(model, "one", 2 * size)

@@ -1,4 +1,4 @@
-"""HSTU against what spec C demands of it: causality, masks, candidates that see their history and nothing else."""
+"""HSTU against docs/generative.md: causality, masks, candidates that see their history and nothing else."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ VARIANTS = [
 @pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(o.values()))
 @pytest.mark.parametrize(("context", "slow"), [(False, None), (True, [2, 1, 0, 3])], ids=["plain", "merged"])
 def test_a_candidate_scores_alone_as_among_others(options: dict, context: bool, slow: list[int] | None):
-    """M-FALCON's promise, for histories of 0, some and N events, and any micro-batch (spec C.11)."""
+    """M-FALCON's promise, for histories of 0, some and N events, and any micro-batch (HSTU section 3.4)."""
     of = layout(context, slow is not None)
     whole = batch([4, 0, 7, 12], [2, 0, 1, 2, 3, 2, 0], context, slow)
     model = awake(HSTUConfig(goal="ranking", **RESEARCH, **options), of)
@@ -51,7 +51,7 @@ def test_a_candidate_scores_alone_as_among_others(options: dict, context: bool, 
 def test_a_candidate_is_the_next_event_of_its_history(
     actions: str, attention: str, context: bool, slow: list[int] | None
 ):
-    """Scored over cached keys and values, or put at the end of the sequence: the same (spec C.11)."""
+    """Scored over cached keys and values, or put at the end of the sequence: the same."""
     options: dict[str, Any] = {"actions": actions, "attention": attention}
     of = layout(context, slow is not None, max_len=13)
     whole = batch([4, 0, 7, 12], None, context, slow)
@@ -90,7 +90,7 @@ def test_no_event_sees_a_later_one(config: Any):
 
 
 def test_an_action_is_seen_from_the_next_event_on():
-    """Spec C.16, 6: flipping a_i changes nothing at content i and the prediction at content i + 1."""
+    """Flipping a_i changes nothing at content i and the prediction at content i + 1."""
     model = awake(HSTUConfig(goal="ranking", actions="interleaved", **RESEARCH), layout())
     whole = batch([9, 5])
     other = changed_event(whole, 4, label=1 - float(whole.user.actions["events"].values[4]))
@@ -118,7 +118,7 @@ def test_events_without_history_or_label_count_as_they_should():
 
 
 def test_retrieval_foresees_new_events_and_the_row():
-    """Spec C.3 and C.16, 5: an event that is not new, not positive or not in the catalogue is no target."""
+    """An event that is not new, not positive or not in the catalogue is no target."""
     whole = batch([5, 3, 0], new=[2, 3, 0])
     events = whole.user.lists["events"].values[:, 0]
     model = awake(HSTUConfig(dim=8, qk_dim=6, v_dim=5), layout())
@@ -166,7 +166,7 @@ def test_frequencies_are_of_what_negatives_are_drawn_from():
 
 
 def test_the_next_content_is_foreseen_from_the_token_before_it():
-    """Behind a slow series too: a content followed by another token is asked there, as a request would (spec C.3)."""
+    """Behind a slow series too: a content followed by another token is asked there, as a request would."""
     whole = batch([3], slow=[1], new=[3])
     times = {
         "events": jagged(torch.tensor([1.0, 2.0, 4.0]).double(), [3]),
@@ -225,7 +225,7 @@ def test_a_history_longer_than_the_model_knows_is_refused():
 
 
 def test_streams_are_merged_by_time():
-    """Prefix first, content with its action behind it, a slow series after content of the same time (spec C.2)."""
+    """Prefix first, content with its action behind it, a slow series after content of the same time."""
     whole = batch([2], slow=[2], context=True)
     times = {
         "events": jagged(torch.tensor([5.0, 7.0]).double(), [2]),
@@ -256,7 +256,7 @@ def test_layers_computed_again_in_the_backward_pass_give_the_same():
 
 
 def test_parameters_are_the_published_ones():
-    """Spec C.5: 26.2 thousand in two layers of the small model, 104.8 in the eight of the large one, 30.6 of SASRec."""
+    """Of the stack: 26.2 thousand in two layers of the small model, 104.8 in eight of the large one, 30.6 in SASRec."""
     events = FeatureLayout(
         name="events", kind="sequence", width=50, tables=("item",), query=("item",), max_len=200, time=True
     )
@@ -302,7 +302,7 @@ def test_candidate_attention_is_its_plain_twin(normalise: Any, users: int):
 
 
 def test_the_production_variant_multiplies_user_and_item():
-    """Its head unless another is asked for: Linear 512 -> x sigmoid(LN(x)) -> tasks of the product (spec C.4)."""
+    """Its head unless another is asked for: Linear 512 -> x sigmoid(LN(x)) -> tasks of the product (Meta's code)."""
     of, whole = layout(), batch([4, 0, 7], [0, 1, 2, 2])
     default, production, plain = (
         HSTUConfig(goal="ranking", **RESEARCH, **options)

@@ -1,4 +1,4 @@
-"""M-FALCON: lists of candidates one would not expect, the end of a history alone, and the benchmark (spec C.11)."""
+"""M-FALCON: lists of candidates one would not expect, the end of a history alone, and the benchmark."""
 
 from __future__ import annotations
 

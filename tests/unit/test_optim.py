@@ -148,7 +148,7 @@ def test_compiled_row_adamw_equals_its_plain_twin_and_a_loop_in_float64(decay, r
 
 @pytest.mark.parametrize(("width", "rowwise"), [(1, True), (1, False), (WIDTH, False)])
 def test_equals_torch_when_every_row_is_touched(width, rowwise):
-    """Row-wise moments are AdamW's own when a row is one number, the others always (spec C.16, test 9)."""
+    """Row-wise moments are AdamW's own when a row is one number, the others always."""
     weight, twin, everyone = table(width), table(width), torch.arange(ROWS).repeat(2)
     optimizer = RowAdamW([weight], 0.02, BETAS, 1e-8, 0.1, rowwise)
     expected = torch.optim.AdamW([twin], 0.02, betas=BETAS, eps=1e-8, weight_decay=0.1)

@@ -52,7 +52,7 @@ def randomised(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
-# -- token mixing (A.16.1)
+# -- token mixing (eq. 3-5)
 
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6), st.integers(1, 4)).map(
     lambda s: (s[0], s[1], s[2], s[2] * s[3])  # B, T, H, D
@@ -209,7 +209,7 @@ def test_every_layer_is_used_in_turn():
     torch.testing.assert_close(model.dense(*inputs).logits, model.heads(x.mean(1)))
 
 
-# -- tokens (A.16.2)
+# -- tokens (eq. 2)
 
 
 def tokenizer(of: Layout, tokens: int, kind: TokenizerKind = "equal", dim: int = 5) -> Tokenizer:
@@ -347,7 +347,7 @@ def test_a_width_that_does_not_divide_is_refused(config, option):
     config.model_copy(update={"dim": suggested, "ffn_dim": 4}).build(WIDE)
 
 
-# -- sizes (A.16.3, 4, 9, 10)
+# -- sizes (eq. 12)
 
 PRESETS = {
     # name: D, T, L, F, million weights in the matrices of the stack, 2 L T D F
@@ -385,7 +385,7 @@ def test_parameters_of_the_presets(name):
 
 
 def test_macs_of_the_large_presets():
-    # GFLOP of a forward pass over 512 rows, as listed with the published sizes
+    # GFLOP of a forward pass over 512 rows, 4 L T D F FLOPs each (docs/models.md)
     assert round(512 * 2 * rankmixer.rankmixer_100m().stack_macs() / 1e9, 1) == 108.7
     assert round(512 * 2 * rankmixer.rankmixer_1b().stack_macs() / 1e9) == 1126
 
@@ -461,7 +461,7 @@ def test_variants_keep_the_contract(check: Check, config: RankMixerConfig, world
     check(Maker(config, world.encoder.layout), world)
 
 
-# -- DIN (B.9)
+# -- DIN (arXiv 1706.06978)
 
 
 def din_by_hand(din: DIN, query: Tensor, keys: Tensor) -> Tensor:

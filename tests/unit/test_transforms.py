@@ -1,4 +1,4 @@
-"""Stochastic length against the table of spec C.9 and exact chances; negatives by their range, shape and chance."""
+"""Stochastic length by its formula (HSTU section 3.2) and exact chances; negatives by their range, shape and chance."""
 
 from dataclasses import replace
 from itertools import permutations
@@ -83,7 +83,7 @@ def events(batch):
 
 # Stochastic length
 
-TABLE = {  # spec C.9, every user as long as allowed: (L, chance to stay whole, sparsity in %)
+TABLE = {  # every user as long as allowed: (L, chance to stay whole, sparsity in %)
     1.6: {1024: (256, 0.0625, 70.3), 2048: (445, 0.0474, 74.6), 4096: (776, 0.0359, 78.2), 8192: (1351, 0.0272, 81.2)},
     1.7: {1024: (362, 0.125, 56.6), 2048: (652, 0.1015, 61.2), 4096: (1176, 0.0825, 65.4), 8192: (2120, 0.0670, 69.2)},
     1.8: {1024: (512, 0.25, 37.5), 2048: (955, 0.2176, 41.8), 4096: (1782, 0.1895, 45.8), 8192: (3326, 0.1649, 49.6)},

@@ -20,7 +20,7 @@ from scalerec.features.layout import FeatureLayout, Layout
 
 
 class StochasticLength(Config):
-    """Most users' histories cut to N^(alpha / 2) events, the rest kept whole (HSTU section 3.2; spec C.9).
+    """Most users' histories cut to N^(alpha / 2) events, the rest kept whole (HSTU section 3.2).
 
     N is the longest that the main sequence may be. A history of n > L = floor(N^(alpha/2)) events stays whole with the
     chance min(1, N^alpha / n^2).
@@ -86,7 +86,7 @@ class StochasticLength(Config):
 
 
 def _weights(times: Jagged | None, lengths: np.ndarray, owner: np.ndarray) -> np.ndarray:
-    """w_i = 1 - f_i / sum_j f_j of each event's age f_i = t_n - t_i; equal where all ages are 0 (spec C.9)."""
+    """w_i = 1 - f_i / sum_j f_j of each event's age f_i = t_n - t_i; equal where all are 0 (HSTU, appendix F.1)."""
     if times is None:
         raise InputError("stochastic length: the selector 'weighted' needs the events' times: use 'random' or 'greedy'")
     stamps = times.values.numpy()
@@ -102,7 +102,7 @@ def _filtered(lists: Jagged, keep: Tensor) -> Jagged:
 
 
 class Negatives(Config):
-    """Items drawn uniformly with replacement, from which a retrieval model is to tell the target (spec C.6).
+    """Items drawn uniformly with replacement, from which a retrieval model is to tell the target.
 
     per_position   R for each past event, [E, R]: the events of each row's user, row by row
     shared         R for the whole batch, [R], of the whole table

@@ -159,7 +159,7 @@ class Engine:
         return torch.sigmoid(logits.float()).numpy()
 
     def fused(self, scores: np.ndarray) -> np.ndarray:
-        """[B] the product over tasks of probability ** exponent (spec D.6)."""
+        """[B] the product over tasks of probability ** exponent (docs/architecture.md)."""
         exponents = np.array([self.bundle.fusion.get(task, 0.0) for task in self.tasks])
         return np.prod(np.maximum(scores, 1e-12).astype(np.float64) ** exponents, axis=1)
 

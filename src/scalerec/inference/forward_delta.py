@@ -1,4 +1,4 @@
-"""The state of a history that has grown, from the one before: only new and unsettled tokens are computed (spec D.3).
+"""The state of a history that has grown, from the one before: only new and unsettled tokens are computed.
 
 A token's row, in any layer, depends on the tokens up to its own and nothing behind them: on what they are, on their
 places and times, and on the time at which each one asks, which is that of the next token and for the last one the time

@@ -1,4 +1,4 @@
-"""States of users between their requests, for models whose candidates follow a history (spec D.3).
+"""States of users between their requests, for models whose candidates follow a history (docs/generative.md).
 
 A request pays for the tokens that came since the last one, and for the last token: it asks at the time of the request.
 """

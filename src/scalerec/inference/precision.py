@@ -1,4 +1,4 @@
-"""A trained model in fewer bits: bf16 products, or weights and tables in int8 (spec D.4).
+"""A trained model in fewer bits: bf16 products, or weights and tables in int8 (docs/bundles.md).
 
 A matrix that only ever enters products gives its place in the module to a `Weight`, which answers torch's product
 functions in its stead (the `__torch_function__` protocol), so that no model has a second form for serving. What is not

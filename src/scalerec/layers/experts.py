@@ -34,7 +34,7 @@ class ExpertsConfig(Config):
     width: Literal["split", "full"] = "full"  # F = ffn_dim / E: as many parameters as the FFN; ffn_dim: E times as many
     routing: Literal["relu", "top_k"] = "relu"
     active: float = 0.125  # share of experts wanted open: what lambda is moved for, and K = active E
-    dtsi: Literal["dual", "sample", "mix", "off"] = "dual"  # how the train-router enters (spec A.10.3); off: no such
+    dtsi: Literal["dual", "sample", "mix", "off"] = "dual"  # how the train-router enters (docs/models.md); off: no such
     train_gate: Literal["relu", "softmax"] = "relu"
     penalty: Literal["l1", "balanced_l1"] = "l1"  # the second weighs an expert by how often it is open
     control: Literal["damped", "remoe"] = "damped"  # how lambda moves; remoe: by one factor up or down
@@ -143,7 +143,7 @@ class RouterStep:
         return (self.train_share[:, 0] < 1).float()
 
     def penalty(self) -> tuple[Tensor, Tensor]:
-        """Sum and weight whose quotient is the mean over rows, layers, tokens and experts (spec A.10.2)."""
+        """Sum and weight whose quotient is the mean over rows, layers, tokens and experts."""
         sums, weights = zip(*self.penalties)
         return torch.stack(sums).sum(), torch.stack(weights).sum()
 
@@ -155,7 +155,7 @@ class RouterStep:
 class SparsityControl(nn.Module):
     """Moves lambda after each step towards the wanted share of open gates; both buffers are in the state dict.
 
-    `remoe` multiplies lambda by `growth` or divides by it (spec A.10.2). The routers follow some twenty steps late, so
+    `remoe` multiplies lambda by `growth` or divides by it (ReMoE). The routers follow some twenty steps late, so
     that this swings by a factor of four about the target for hundreds of steps. `damped` takes steps in proportion to
     the error, and lets the error itself raise or lower the penalty: a PI controller of log lambda.
     """
@@ -287,7 +287,7 @@ class ExpertFFN(nn.Module):
         return torch.lerp(gates, self.gates(x_TBD, self.train_router), step.train_share.to(gates.dtype))
 
     def _balance(self, p_TBE: Tensor, often_T1E: Tensor) -> Tensor:
-        """[T, B, E] whose mean over all is the load-balance loss averaged over tokens (Switch; spec A.10.4, A.10.8)."""
+        """[T, B, E] whose mean over all is the load-balance loss averaged over tokens (Switch; docs/models.md)."""
         experts = self.config.count
         if self.config.balance_form == "squares":
             return (experts * (p_TBE.mean(1, keepdim=True) - 1 / experts).square()).expand_as(p_TBE)
@@ -295,7 +295,7 @@ class ExpertFFN(nn.Module):
 
 
 def split(weights: dict[str, Tensor], prefix: str, ffn: ExpertFFN) -> dict[str, Tensor]:
-    """The weights of a dense per-token FFN under `prefix` as experts that are all open: the same outputs (spec A.10.1).
+    """The weights of a dense per-token FFN under `prefix` as experts that are all open: the same outputs.
 
     Raises:
         InputError: gates cannot all be one, or the experts together are not as wide as the FFN.

@@ -1,4 +1,4 @@
-"""Task heads: one logit per task from a shared representation (RankMixer leaves them open; spec A.7)."""
+"""Task heads: one logit per task from a shared representation (RankMixer leaves them open)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Heads(nn.Module):
 class ProductHeads(nn.Module):
     """User and item [B, width] -> [B, tasks]: LN(user) * LN(item) -> Linear(hidden) -> x sigmoid(LN(x)) -> Linear.
 
-    The head of Meta's production code of HSTU (spec C.4); all tasks share the hidden layer.
+    The head of Meta's production code of HSTU (meta-recsys/generative-recommenders); all tasks share the hidden layer.
     """
 
     def __init__(self, width: int, tasks: int, hidden: int = 512):

@@ -1,4 +1,4 @@
-"""The layer of HSTU but for its attention (Zhai et al., 2024, eq. 1 and 3; spec C.4).
+"""The layer of HSTU but for its attention (Zhai et al., 2024, arXiv 2402.17152, eq. 1 and 3).
 
 n tokens   D width   H heads   K width of q, k   V width of v   N the constant longest sequence
 """

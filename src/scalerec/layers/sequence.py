@@ -19,7 +19,7 @@ def masked_mean(sequence: EmbeddedSequence) -> Tensor:
 
 
 class DIN(nn.Module):
-    """Attention of the candidate over the past, not normalised (Zhou et al., 2018; spec B.9).
+    """Attention of the candidate over the past, not normalised (Zhou et al., 2018, arXiv 1706.06978).
 
     a_j = MLP([q, k_j, q - k_j, q * k_j]), out = sum_j a_j k_j. The first layer is linear in its four inputs, so the
     parts of q and k_j are computed once per row and once per user event; only q * k_j needs every pair.

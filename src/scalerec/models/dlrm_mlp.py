@@ -1,4 +1,4 @@
-"""DLRM-MLP: all features side by side into one MLP (the base of RankMixer's Table 1; spec B.1)."""
+"""DLRM-MLP: all features side by side into one MLP (the base of RankMixer's Table 1)."""
 
 from __future__ import annotations
 

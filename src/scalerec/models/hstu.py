@@ -33,7 +33,7 @@ POSITIONS, AGES = 8192, 2048  # rows of the production variant's tables
 
 
 class HSTUConfig(SequentialConfig):
-    """The research variant is the reference of all public scores; spec C.4 lists how the production variant differs."""
+    """The research variant is the reference of all public scores; docs/generative.md says how production differs."""
 
     kind: str = "hstu"
     goal: Goal = "retrieval"
@@ -42,7 +42,7 @@ class HSTUConfig(SequentialConfig):
     num_heads: PositiveInt = 1
     qk_dim: PositiveInt = 50  # of each head
     v_dim: PositiveInt = 50
-    actions: Literal["interleaved", "additive", "none"] = "none"  # how past actions enter (spec C.3)
+    actions: Literal["interleaved", "additive", "none"] = "none"  # how past actions enter (docs/generative.md)
     auxiliary: bool = True  # merge the slowly changing series
     context: bool = True  # the user's own features as prefix tokens
     attention: Literal["silu", "softmax"] = "silu"  # softmax: the ablation, scaled by 1 / sqrt(K)
@@ -228,7 +228,7 @@ class HSTU(SequentialModel):
         return torch.where(tokens.offsets.diff() > 0, padded[last], 0.0)
 
     def tokens(self, user: Embedded) -> Tokens:
-        """Prefix, main series and slowly changing ones merged by time (spec C.2).
+        """Prefix, main series and slowly changing ones merged by time (docs/generative.md).
 
         At equal times a slow series comes after the content: its change is known only once that event is in the past,
         so a training position sees what the same request would see.
@@ -295,7 +295,7 @@ class HSTU(SequentialModel):
     # -- candidates
 
     def score(self, state: State, items: Embedded, user_of_row: Tensor) -> Outputs:
-        """Logits of candidates that each follow their user's history alone (M-FALCON, spec C.11)."""
+        """Logits of candidates that each follow their user's history alone (M-FALCON, section 3.4)."""
         if self.heads is None:
             return super().score(state, items, user_of_row)
         step = self.config.micro_batch if len(state.now) == 1 else max(len(user_of_row), 1)

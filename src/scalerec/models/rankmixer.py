@@ -30,10 +30,10 @@ class RankMixerConfig(ModelConfig):
     dim: PositiveInt = 768
     num_tokens: PositiveInt = 16
     num_layers: PositiveInt = 2
-    ffn_dim: PositiveInt = 2160  # F; the paper gives no expansion ratio (spec A.9)
+    ffn_dim: PositiveInt = 2160  # F; the paper gives no expansion ratio (docs/models.md)
     num_heads: NonNegativeInt = 0  # 0: H = T; otherwise mix, transform, revert
     tokenizer: TokenizerKind = "equal"
-    position: bool = False  # a learned vector per token, absorbed by the tokeniser's bias (spec A.4)
+    position: bool = False  # a learned vector per token, absorbed by the tokeniser's bias
     shared_ffn: bool = False  # one FFN, or one set of experts, for all tokens: the ablation of Table 2
     experts: ExpertsConfig = ExpertsConfig()  # in place of each token's FFN (section 3.4)
     dropout: float = Field(default=0.0, ge=0, lt=1)  # on the output of the FFN
@@ -59,7 +59,7 @@ class RankMixerConfig(ModelConfig):
         return self.experts.hidden(self.ffn_dim) if self.experts.count else self.ffn_dim
 
     def stack_parameters(self) -> int:
-        """L [ T (2 D F + F + D) + 4 D ] (spec A.9), 1 FFN instead of T when shared; H = T only.
+        """L [ T (2 D F + F + D) + 4 D ] (docs/models.md), 1 FFN instead of T when shared; H = T only.
 
         Experts have E output biases instead of one, and routers of D E + E.
         """
@@ -114,7 +114,7 @@ class ResidualNorm(nn.LayerNorm):
 class RankMixerBlock(nn.Module):
     """S = LN(Mix(X) + X), X' = LN(PFFN(S) + S) (eq. 1), post-norm.
 
-    With H != T the FFN works on the H mixed tokens and mixing is reverted before the residual (spec A.6).
+    With H != T the FFN works on the H mixed tokens and mixing is reverted before the residual (arXiv 2602.06563).
     """
 
     def __init__(self, config: RankMixerConfig):

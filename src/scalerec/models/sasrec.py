@@ -1,4 +1,4 @@
-"""SASRec (Kang and McAuley, 2018) exactly as HSTU was compared with it (spec C.8): same input, output, loss.
+"""SASRec (Kang and McAuley, 2018) exactly as HSTU was compared with it (docs/generative.md): same input, output, loss.
 
 U users   L longest history   D width   H heads
 """

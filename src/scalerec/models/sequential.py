@@ -161,7 +161,7 @@ class SequentialModel(Model):
         return ids[ids >= FIRST_ID]
 
     def foreseen(self, batch: Batch, there: Tensor | None = None) -> Foreseen:
-        """The events after which something is to be foreseen, and what: a new event of the past or the row (spec C.3).
+        """The events after which something is to be foreseen, and what: a new event of the past or the row.
 
         An event or row without the label `positive`, where one is asked for, is no target. Without negatives in the
         batch the softmax is over the whole catalogue. `there` is what negatives to be corrected were drawn from.
@@ -203,7 +203,7 @@ class SequentialModel(Model):
         return to_end <= torch.repeat_interleave(batch.new_events, past.lengths)
 
     def next_item(self, state: Encoded, goal: Foreseen, pool: Tensor) -> Term:
-        """Softmax over items at every event after which one is to be foreseen (spec C.6)."""
+        """Softmax over items at every event after which one is to be foreseen."""
         queries = F.normalize(state.at_event.index_select(0, goal.at).float(), dim=-1, eps=1e-6)
         pool = F.normalize(pool.float(), dim=-1, eps=1e-6)
         weights, temperature = torch.ones(len(queries), device=queries.device), self.config.temperature
@@ -236,7 +236,7 @@ class SequentialModel(Model):
         return F.normalize(state.at_end, dim=-1, eps=1e-6)
 
     def places(self, state: Encoded, batch: Batch, catalogue: Tensor) -> Tensor:
-        """[B] float64, the place of each row's item among all that its user has not had (spec C.7).
+        """[B] float64, the place of each row's item among all that its user has not had (docs/generative.md).
 
         Infinite for an item that is not in the catalogue; NaN for a row without the label `positive`.
         """

@@ -16,7 +16,7 @@ def appended_attention(
     q: Tensor, keys: Tensor, values: Tensor, *, bias: Tensor | None = None, scale: float = 1.0, alpha: float = 1.0,
     normalise: Normalise = "silu",
 ) -> Tensor:  # fmt: skip
-    """What `hstu_attention` gives the last r of the n tokens of one sequence (spec C.4, D.3).
+    """What `hstu_attention` gives the last r of the n tokens of one sequence.
 
     q [r, H, K], keys [n, H, K], values [n, H, V], bias [r, n] -> [r, H, V]; each token sees those up to itself.
     """

@@ -20,7 +20,7 @@ def candidate_attention(
     bias: Tensor | None = None, own_bias: Tensor | None = None, scale: float = 1.0, alpha: float = 1.0,
     normalise: Normalise = "silu",
 ) -> Tensor:  # fmt: skip
-    """What `hstu_attention` gives each candidate as the last token of its user's history (spec C.11).
+    """What `hstu_attention` gives each candidate as the last token of its user's history (M-FALCON, HSTU section 3.4).
 
     q, k [B, H, K] and v [B, H, V] of the candidates; keys [T, H, K] and values [T, H, V] of the histories of users
     with `offsets` [U + 1]; `bias` [T] towards the history, alike for all candidates of a user, and `own_bias` []

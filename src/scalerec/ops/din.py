@@ -1,4 +1,4 @@
-"""A candidate's attention over a user's past, pair by pair (DIN, Zhou et al., 2018; spec B.9).
+"""A candidate's attention over a user's past, pair by pair (DIN, Zhou et al., 2018, arXiv 1706.06978).
 
 torch writes each of a dozen arrays of all pairs to memory and reads it again, forwards and backwards; here a few
 hundred pairs at a time go from the first product to the last and stay in the cache. The plain twin is `din_reference`.

@@ -1,4 +1,4 @@
-"""Point-wise attention of HSTU over jagged sequences (arXiv 2402.17152, eq. 2; spec C.4, C.11, C.12).
+"""Point-wise attention of HSTU over jagged sequences (arXiv 2402.17152, eq. 2; docs/generative.md).
 
     x_ij = alpha q_i.k_j + position[j - i + N - 1] + time[bucket(query_time_i - key_time_j)]
     out_i = scale sum_{j <= i} SiLU(x_ij) v_j

@@ -1,4 +1,4 @@
-"""Adagrad and AdamW on the rows of a table that a step has touched, on a CPU (spec A.11, C.12).
+"""Adagrad and AdamW on the rows of a table that a step has touched, on a CPU.
 
 torch sorts the rows to add up their gradients and then passes over what it gathered a dozen times; here a hash table
 finds equal rows, and each row's state and weights are read and written once. The plain twins, for any device, are in

@@ -1,4 +1,4 @@
-"""Several series of tokens of the same users -> one series a user, in the order of time (spec C.2).
+"""Several series of tokens of the same users -> one series a user, in the order of time (docs/generative.md).
 
 U users   T tokens of all users and streams   D width
 """

@@ -76,7 +76,7 @@ def dlrm_mlp_kuairand_statistics() -> Run:
 
 
 def hstu_kuairand() -> Run:
-    """The generative ranker on the same rows: numbers and crosses left out, the log as sequences (spec C.2, C.3)."""
+    """The generative ranker on the same rows: numbers and crosses left out, the log as sequences."""
     fields = ("author_id", "main_tag", "music_id", "tab")
     data = Sequences(of=KuaiRand(), max_len=100, fields=fields, auxiliary=("tab",))
     model = HSTUConfig(

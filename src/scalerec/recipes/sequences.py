@@ -1,4 +1,4 @@
-"""Retrieval: on MovieLens HSTU and SASRec in the sizes of Meta's public code (spec C.5), all ratings as positives.
+"""Retrieval: on MovieLens HSTU and SASRec in the sizes of Meta's public code, all ratings as positives.
 
 Protocol `public` is that of the published scores, which looks at the test while it trains: the last epoch is kept.
 `--data.protocol validated --training.select ndcg@10` holds out the second-last event instead and stops by it.

@@ -47,7 +47,7 @@ def spread(rows: ParquetRows, encoder: Encoder) -> Batch:
 
 
 def session_cost(model: SequentialModel, batch: Batch) -> dict[str, float]:
-    """What one example for many targets saves against an example for each of them (spec C.10), in forward FLOPs."""
+    """What one example for many targets saves against an example for each of them, in forward FLOPs."""
     batch = batch.unshared()
     each = impressions(model, batch)
     together, apart = model.flops(batch), model.flops(each)

@@ -26,7 +26,7 @@ from scalerec.models.base import Model
 from scalerec.studies.describe import tokens as describe_tokens
 from scalerec.training.run import Run
 
-DEAD = 1e-3  # share of rows below which an expert counts as dead (spec A.10.6)
+DEAD = 1e-3  # share of rows below which an expert counts as dead (docs/models.md)
 
 
 def measure(folder: Path, part: Part = "test") -> dict[str, Any]:

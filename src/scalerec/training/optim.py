@@ -26,7 +26,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Config):
-    """Defaults of spec A.11; the paper uses RMSProp at 0.01 for the dense part and Adagrad for the tables."""
+    """Defaults for small data; RankMixer's paper has RMSProp at 0.01 for the dense part, Adagrad for the tables."""
 
     dense: DenseKind = "rmsprop"
     lr: float = 1e-3
@@ -151,7 +151,7 @@ class RowAdagrad(_RowOptimizer):
 
 
 class RowAdamW(_RowOptimizer):
-    """AdamW for sparse gradients, touching only the rows of the step; each row counts its own steps (spec C.12).
+    """AdamW for sparse gradients, touching only the rows of the step; each row counts its own steps.
 
     Row-wise, a row has one second moment, fed with the mean of its squared gradient: state of 4 d + 4 bytes a row
     instead of 8 d, and of 4 more for the count in both cases.
