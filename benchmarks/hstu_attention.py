@@ -10,10 +10,11 @@ the buckets out anew; in a model the plan does this once for all layers.
 biases, both 2 sequences of 2048, 4 heads of 64. SDPA is given [B, H, N, d] as it likes it, we [B N, H, d] as a model
 has it.
 
-`jagged_share`: how much of what padding wastes is saved. A batch of 128 users with lengths of MovieLens 1M (cut to
-200; from $SCALEREC_DATA, else log-normal) is run once as it is and once with every user filled up to 200, by the same
-code and with both biases; time over time, divided by multiply-adds over multiply-adds of the pairs on and below the
-diagonal. One means that every multiply-add not done is time saved. One head of 50; plans are made beforehand.
+`jagged_share`: how much of the possible speed-up over padding is reached. A batch of 128 users with lengths of
+MovieLens 1M (cut to 200; from $SCALEREC_DATA, else log-normal) is run once as it is and once with every user filled up
+to 200, by the same code and with both biases; time over time, divided by multiply-adds over multiply-adds of the pairs
+on and below the diagonal. One means that every multiply-add not done is time saved. One head of 50; plans are made
+beforehand.
 
 All ratios are of runs in turns in one process: medians, with the lowest and the highest. Keys that end in
 `_one_thread` are of one thread, the others of all.
