@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    common.add_argument("--json", action="store_true", help="the result as JSON on standard output")
     common.add_argument(
         "--allow", action="append", default=[], metavar="PACKAGE", help="let configurations name its classes"
     )
@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, required=True, metavar="BUNDLE")
     command.add_argument("--name", help="what the service calls it (default: the run's name)")
     command.add_argument("--fusion", default="", metavar="TASK=EXPONENT,...", help="default: the first task alone")
-    command.add_argument("--state", type=Path, metavar="FOLDER", help="also the log's users and histories, for `serve`")
+    command.add_argument("--state", metavar="FOLDER", help="also the log's users and histories, for `serve`")
     for more in (serving.add, bench.add, studies.add_skew, studies.add_ab, expert_commands.add_experts):
         more(add)
     expert_commands.add_sparsity(add, _run)
@@ -309,7 +309,10 @@ def compare(options: argparse.Namespace) -> None:
 
 def export(options: argparse.Namespace) -> None:
     from scalerec.inference.bundle import export as write
+    from scalerec.serving.states import is_folder
 
+    if options.state and not is_folder(options.state):
+        raise InputError(f"--state {options.state}: name a folder; other stores are filled in Python (docs/state.md)")
     fusion = serving.shares(options.fusion, "--fusion")
     bundle = write(options.run_folder, options.out, name=options.name, fusion=fusion or None)
     found = {"bundle": str(bundle.folder), "name": bundle.name, "version": bundle.version, "items": len(bundle.items)}

@@ -180,6 +180,14 @@ def test_broken_schema_is_explained(train, edit, complaint):
     complaint(train(schema=edit(twice)), "edited.json", "two features are named 'user_id'")
 
 
+def test_only_a_folder_is_filled_by_export(train, complaint, tmp_path):
+    assert train() == 0
+    command = ["export", str(tmp_path / "run"), "--out", str(tmp_path / "bundle")]
+    for state in ("redis://localhost:6379/0", "lmdb:state"):
+        complaint(main([*command, "--state", state]), f"--state {state}: name a folder", "docs/state.md")
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_prediction_over_existing_scores(train, log, tmp_path, complaint):
     assert train() == 0
     scored = tmp_path / "scored.parquet"

@@ -184,7 +184,7 @@ def test_faiss_reaches_its_recall_and_keeps_to_the_filters():
 
 def test_without_faiss_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(InputError, match=r"pip install 'scalerec\[faiss\]'"):
+    with pytest.raises(InputError, match=r"pip install -e '.\[faiss\]'"):
         Retriever(bundle(unit(9, 4)), "faiss")
 
 

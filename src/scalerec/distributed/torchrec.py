@@ -29,7 +29,7 @@ try:
     from torchrec.distributed.types import ShardingEnv
 except ImportError as error:
     raise InputError(
-        f"sharded training needs TorchRec ({error}). With CUDA: pip install 'scalerec[distributed]'. On a CPU: "
+        f"sharded training needs TorchRec ({error}). With CUDA: pip install -e '.[distributed]'. On a CPU: "
         "pip install fbgemm-gpu-cpu==1.8.0 pyre-extensions tensordict torchmetrics iopath tqdm && "
         "pip install --no-deps torchrec==1.8.0"
     ) from error

@@ -283,7 +283,7 @@ class Faiss:
         try:
             import faiss
         except ImportError:
-            raise InputError("retrieval by faiss needs it: pip install 'scalerec[faiss]'") from None
+            raise InputError("retrieval by faiss needs it: pip install -e '.[faiss]'") from None
         self.faiss, self.exact = faiss, exact
         faiss.omp_set_num_threads(torch.get_num_threads())
         places = known.nonzero()[:, 0].numpy()

@@ -14,7 +14,7 @@ from typing import Any
 from scalerec.errors import InputError
 from scalerec.hardware import cores, keep_freed_memory
 
-NEEDS = "serving needs more packages: pip install 'scalerec[serve]'"
+NEEDS = "serving needs more packages: pip install -e '.[serve]'"
 
 
 def add(command: Callable[..., argparse.ArgumentParser]) -> None:

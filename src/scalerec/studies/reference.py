@@ -49,7 +49,7 @@ def train(run: Run, out: Path, seed: int) -> dict[str, Any]:
     try:
         import lightgbm
     except ImportError:
-        raise InputError("the reference needs LightGBM: pip install 'scalerec[lightgbm]'") from None
+        raise InputError("the reference needs LightGBM: pip install -e '.[lightgbm]'") from None
     began = time.monotonic()
     rows = ParquetRows.of(run.data, run.data.prepare(), skip_bad_shards=run.skip_bad_shards)
     schema = run.data.schema()
