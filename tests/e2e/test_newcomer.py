@@ -54,6 +54,18 @@ def test_train_evaluate_predict(train, log, tmp_path, capsys, recipe):
     assert roc_auc_score(test["click_label"], test["click_score"]) == pytest.approx(table["auc"])
 
 
+@pytest.mark.parametrize("recipe", ["hstu_parquet", "sasrec_parquet", "hstu_ranking_parquet"])
+def test_sequences_of_ones_own_log(log, schema_file, tmp_path, capsys, recipe):
+    data = ["--data.of.path", str(log), "--data.of.schema_file", str(schema_file)]
+    small = ["--training.epochs", "1", "--training.tensorboard", "false", "--quiet"]
+    assert main(["train", recipe, "--out", str(tmp_path / "run"), *data, *small]) == 0
+    assert main(["evaluate", str(tmp_path / "run"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["test"]
+    told = found["click"]["auc"] if "ranking" in recipe else found["next"]["hr@200"]
+    assert 0.0 < told <= 1.0
+    assert set(found) == ({"click"} if "ranking" in recipe else {"next"})
+
+
 def test_prediction_needs_no_label_and_counts_new_ids(train, tmp_path, capsys):
     assert train() == 0
     pq.write_table(shop(1, 500, first_item=50).drop_columns(["is_click"]), tmp_path / "new.parquet")

@@ -1,30 +1,59 @@
-"""Your own Parquet files: `--data.path LOG --data.schema_file SCHEMA`."""
+"""Your own Parquet files: `--data.path LOG --data.schema_file SCHEMA`, for sequences `--data.of.path`, and so on.
+
+Of an item sequences keep its id alone, unless `--data.fields` names more of its features.
+"""
 
 from __future__ import annotations
 
+from scalerec.data.source import Source
 from scalerec.data.sources.parquet import Parquet
+from scalerec.data.sources.sequences import Sequences
 from scalerec.models.base import ModelConfig
 from scalerec.models.dcnv2 import DCNv2Config
 from scalerec.models.dlrm_mlp import DLRMMLPConfig
+from scalerec.models.hstu import HSTUConfig
 from scalerec.models.rankmixer import RankMixerConfig
+from scalerec.models.sasrec import SASRecConfig
+from scalerec.recipes.sequences import WIDTH, retrieval_training
 from scalerec.training.optim import OptimizerConfig
 from scalerec.training.run import Run, TrainingConfig
 
 
-def _run(name: str, model: ModelConfig) -> Run:
-    training = TrainingConfig(
-        epochs=2, batch_size=1024, patience=1, optimizer=OptimizerConfig(dense="adamw", embedding_lr=0.02)
-    )
-    return Run(name=f"{name}_parquet", data=Parquet(), model=model, training=training)
+def _ranking(name: str, data: Source, model: ModelConfig, batch_size: int = 1024) -> Run:
+    optimizer = OptimizerConfig(dense="adamw", embedding_lr=0.02)
+    training = TrainingConfig(epochs=2, batch_size=batch_size, patience=1, optimizer=optimizer)
+    return Run(name=name, data=data, model=model, training=training)
+
+
+def _retrieval(name: str, model: ModelConfig) -> Run:
+    data = Sequences(of=Parquet(), protocol="time", max_len=200, actions=False)
+    training = retrieval_training(epochs=30, select="ndcg@10", patience=2)
+    return Run(name=name, data=data, model=model, training=training, dim=WIDTH)
 
 
 def rankmixer_parquet() -> Run:
-    return _run("rankmixer", RankMixerConfig(dim=64, num_tokens=8, ffn_dim=128))
+    return _ranking("rankmixer_parquet", Parquet(), RankMixerConfig(dim=64, num_tokens=8, ffn_dim=128))
 
 
 def dcnv2_parquet() -> Run:
-    return _run("dcnv2", DCNv2Config(crosses=2, rank=64, hidden=(256, 128)))
+    return _ranking("dcnv2_parquet", Parquet(), DCNv2Config(crosses=2, rank=64, hidden=(256, 128)))
 
 
 def dlrm_mlp_parquet() -> Run:
-    return _run("dlrm_mlp", DLRMMLPConfig(hidden=(256, 128)))
+    return _ranking("dlrm_mlp_parquet", Parquet(), DLRMMLPConfig(hidden=(256, 128)))
+
+
+def hstu_ranking_parquet() -> Run:
+    data = Sequences(of=Parquet(), max_len=100, session_events=100)
+    model = HSTUConfig(
+        goal="ranking", dim=64, num_layers=3, num_heads=2, qk_dim=32, v_dim=32, actions="interleaved", dropout=0.1
+    )
+    return _ranking("hstu_ranking_parquet", data, model, batch_size=64)
+
+
+def hstu_parquet() -> Run:
+    return _retrieval("hstu_parquet", HSTUConfig(dim=WIDTH, qk_dim=50, v_dim=50))
+
+
+def sasrec_parquet() -> Run:
+    return _retrieval("sasrec_parquet", SASRecConfig(dim=WIDTH))

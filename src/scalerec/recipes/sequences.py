@@ -29,11 +29,12 @@ WIDTH = 50
 
 def _run(name: str, source: Source, model: ModelConfig, epochs: int = EPOCHS) -> Run:
     data = Sequences(of=source, protocol="public", max_len=200, actions=False)
-    training = _training(epochs=epochs, select="last", evaluate_every=480, save_every=240)
+    training = retrieval_training(epochs=epochs, select="last", evaluate_every=480, save_every=240)
     return Run(name=name, data=data, model=model, training=training, dim=WIDTH)
 
 
-def _training(**options: Any) -> TrainingConfig:
+def retrieval_training(**options: Any) -> TrainingConfig:
+    """Batches, negatives and optimiser of the published runs."""
     optimizer = OptimizerConfig(dense="adamw", lr=1e-3, betas=(0.9, 0.98), embedding="dense", clip=0)
     return TrainingConfig(
         batch_size=128, window_rows=8192, optimizer=optimizer, negatives=Negatives(count=128), **options
@@ -77,5 +78,5 @@ def sasrec_dirichlet() -> Run:
 
 def _dirichlet(name: str, model: ModelConfig) -> Run:
     data = Sequences(of=Dirichlet(), protocol="time", max_len=64, actions=False)
-    training = _training(epochs=10, select="ndcg@10", patience=2)
+    training = retrieval_training(epochs=10, select="ndcg@10", patience=2)
     return Run(name=name, data=data, model=model, training=training, dim=WIDTH)
