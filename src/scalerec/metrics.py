@@ -235,7 +235,7 @@ def bootstrap(
     users: ArrayLike, labels: ArrayLike, scores: ArrayLike,
     metric: Metric = "auc", replicates: int = 500, seed: int = 0,
 ) -> Estimate:  # fmt: skip
-    """The metric averaged over seeds, with users and seeds redrawn; scores [S, n], or [n] for one seed."""
+    """The metric averaged over seeds, and its interval (`intervals`); scores [S, n], or [n] for one seed."""
     sample = _Sample(users, labels)
     return Estimate.of(sample.measure(scores, metric), sample.users, replicates, seed)
 
@@ -244,12 +244,13 @@ def paired_bootstrap(
     users: ArrayLike, labels: ArrayLike, scores_a: ArrayLike, scores_b: ArrayLike,
     metric: Metric = "auc", replicates: int = 500, seed: int = 0,
 ) -> Difference:  # fmt: skip
-    """How b differs from a on the same redrawn users and seeds; scores [S, n], or [n] for one seed."""
+    """How b differs from a on the same redrawn users, seed by seed; scores [S, n], or [n] for one seed."""
     sample = _Sample(users, labels)
     a, b = sample.measure(scores_a, metric), sample.measure(scores_b, metric)
-    if a.seeds != b.seeds:
-        raise InputError(f"a has {a.seeds} seeds and b {b.seeds}: a paired comparison needs the same number")
-    change = Measure(lambda counts, drawn: b.value(counts, drawn) - a.value(counts, drawn), a.seeds)
+    seeds_a, seeds_b = (len(np.atleast_2d(np.asarray(scores))) for scores in (scores_a, scores_b))
+    if seeds_a != seeds_b:
+        raise InputError(f"a has {seeds_a} seeds and b {seeds_b}: a paired comparison needs the same number")
+    change = Measure(lambda counts: b.value(counts) - a.value(counts))
     return Difference.of(change, sample.users, replicates, seed)
 
 
@@ -269,11 +270,11 @@ class _Sample:
         build = {"auc": self._auc, "uauc": self._uauc, "log_loss": self._loss, "ne": self._loss}
         if metric not in build:
             raise InputError(f"no metric {metric!r} to bootstrap: choose one of {', '.join(build)}")
-        return Measure(build[metric](models, metric), len(models))
+        return Measure(build[metric](models, metric))
 
     def _auc(self, models: Array, metric: Metric):
         rankings = [_Ranking(self.clicked, _scores(model, len(self.clicked)), self.owner) for model in models]
-        return lambda counts, drawn: np.array([rankings[s].auc(counts) for s in drawn])
+        return lambda counts: np.array([ranking.auc(counts) for ranking in rankings])
 
     def _uauc(self, models: Array, metric: Metric):
         values = np.stack([auc_by_user(self.owner, self.clicked, model).auc for model in models])
@@ -282,14 +283,14 @@ class _Sample:
             raise InputError("a bootstrap of UAUC needs at least two users with both classes")
         rows = self.per_user() * known
         wins = np.where(known, values, 0) * rows
-        return lambda counts, drawn: (wins @ counts)[drawn] / (rows @ counts or NAN)
+        return lambda counts: (wins @ counts) / (rows @ counts or NAN)
 
     def _loss(self, models: Array, metric: Metric):
         losses = np.stack([self.per_user(_losses(self.clicked, model)[1]) for model in models])
         rows, positives = self.per_user(), self.per_user(self.clicked)
 
-        def value(counts: Array, drawn: Array) -> Array:
-            mean = (losses @ counts)[drawn] / (rows @ counts)
+        def value(counts: Array) -> Array:
+            mean = (losses @ counts) / (rows @ counts)
             rate = float(positives @ counts / (rows @ counts))
             return mean / _entropy(rate) if metric == "ne" else mean
 

@@ -95,14 +95,14 @@ def paired_bootstrap(
     users: ArrayLike, places_a: ArrayLike, places_b: ArrayLike,
     metric: str = "hr@10", replicates: int = 500, seed: int = 0,
 ) -> Difference:  # fmt: skip
-    """How b differs from a on the same redrawn users and seeds; ranks [S, n], or [n] for one seed; users [n]."""
+    """How b differs from a on the same redrawn users, seed by seed; ranks [S, n], or [n] for one seed; users [n]."""
     a, b = (np.atleast_2d(of_rank(places, metric)) for places in (places_a, places_b))
     if a.shape != b.shape:
         raise InputError(f"ranks of a are {a.shape} and of b {b.shape}: the same requests and seeds are needed")
     owner, count = owners(users, a.shape[1])
     rows = np.bincount(owner, minlength=count).astype(np.float64)
     changes = np.stack([np.bincount(owner, change, minlength=count) for change in b - a])  # [S, users]
-    measure = Measure(lambda draws, seeds: (changes @ draws)[seeds] / (rows @ draws), len(changes))
+    measure = Measure(lambda draws: (changes @ draws) / (rows @ draws))
     return Difference.of(measure, count, replicates, seed)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 from sklearn import metrics as sk
 
 from scalerec import metrics
@@ -259,16 +260,23 @@ def test_bootstrap_equals_its_slow_twin(metric):
     for _ in range(12):
         counts = np.bincount(random.integers(len(everyone), size=len(everyone)), minlength=len(everyone))
         rows = np.repeat(np.arange(400), counts[np.searchsorted(everyone, users)])
-        drawn = random.integers(3, size=3)
-        values.append([value(models_a, rows, drawn), value(models_b, rows, drawn)])
-    a, b = np.transpose(values)
-    whole = value(models_b, slice(None), range(3)) - value(models_a, slice(None), range(3))
+        values.append([[value(models, rows, [s]) for s in range(3)] for models in (models_a, models_b)])
+    a, b = np.moveaxis(values, 1, 0)  # [draws, seeds] each
+    of_a, of_b = (np.array([value(models, slice(None), [s]) for s in range(3)]) for models in (models_a, models_b))
 
     found = paired_bootstrap(users, labels, models_a, models_b, metric, replicates=12, seed=3)
-    assert (found.mean, found.replicates) == (pytest.approx(whole, abs=1e-12), 12)
-    assert [found.low, found.high] == pytest.approx(np.percentile(b - a, [2.5, 97.5]), abs=1e-12)
+    assert (found.mean, found.replicates) == (pytest.approx((of_b - of_a).mean(), abs=1e-12), 12)
+    assert [found.low, found.high] == pytest.approx(interval(b - a, of_b - of_a, 30), abs=1e-9)
     single = bootstrap(users, labels, models_a, metric, replicates=12, seed=3)
-    assert [single.low, single.high] == pytest.approx(np.percentile(a, [2.5, 97.5]), abs=1e-12)
+    assert [single.low, single.high] == pytest.approx(interval(a, of_a, 30), abs=1e-9)
+
+
+def interval(drawn, values, users):
+    """Welch's interval: `drawn` [draws, S] for redrawn users, `values` [S] for all of them."""
+    parts = [(np.mean(drawn, 1).var(ddof=1), users - 1), (values.var(ddof=1) / len(values), len(values) - 1)]
+    variance = sum(part for part, _ in parts)
+    freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
+    return stats.t.interval(0.95, freedom, values.mean(), np.sqrt(variance))
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -316,6 +324,21 @@ def test_interval_of_auc_covers_the_truth():
     phi = NormalDist().cdf
     covered, width = coverage(draw, phi(1.5 / sqrt(2 * 5)) - phi(0.5 / sqrt(2 * 2)), "auc")
     assert covered >= 0.9 and 0.8 < width < 1.25
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("noise", [0.0, 0.3, 1.0])
+def test_interval_covers_the_truth_however_much_seeds_differ(seeds, noise):
+    """The log loss of two models that are equal but for what their seeds do to all their scores."""
+    covered, runs = 0, 400
+    for run in range(runs):
+        random = np.random.default_rng(run)
+        users, labels = np.arange(40), random.random(40) < 0.5
+        logits = random.normal(size=(2, seeds, 40)) * 0.2 + random.normal(size=(2, seeds, 1)) * noise
+        a, b = 1 / (1 + np.exp(-logits))
+        found = paired_bootstrap(users, labels, a, b, "log_loss", replicates=100, seed=run)
+        covered += found.low <= 0 <= found.high
+    assert covered / runs >= 0.93
 
 
 def test_pairing_resolves_what_single_intervals_cannot():

@@ -5,6 +5,7 @@ from math import inf, log2
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from sklearn import metrics as sk
 
 from scalerec import topk
@@ -119,7 +120,11 @@ def test_table_of_nothing_is_not_a_number():
 # Intervals
 
 
-def test_difference_is_that_of_the_tables_and_redraws_users():
+def ndcg(places):
+    return topk.table(places)["ndcg@10"]
+
+
+def test_difference_is_that_of_the_tables_and_its_interval_welchs():
     """By a loop that really repeats the drawn users' requests, on the same draws."""
     random = np.random.default_rng(2)
     users = random.integers(0, 25, 120) * 10**9
@@ -129,11 +134,13 @@ def test_difference_is_that_of_the_tables_and_redraws_users():
     for _ in range(15):
         counts = np.bincount(draws.integers(len(everyone), size=len(everyone)), minlength=len(everyone))
         rows = np.repeat(np.arange(120), counts[np.searchsorted(everyone, users)])
-        seeds = draws.integers(3, size=3)
-        values.append(np.mean([topk.table(b[s, rows])["ndcg@10"] - topk.table(a[s, rows])["ndcg@10"] for s in seeds]))
-    whole = np.mean([topk.table(b[s])["ndcg@10"] - topk.table(a[s])["ndcg@10"] for s in range(3)])
-    assert found.mean == pytest.approx(whole, abs=1e-12) and found.replicates == 15
-    assert [found.low, found.high] == pytest.approx(np.percentile(values, [2.5, 97.5]), abs=1e-12)
+        values.append(np.mean([ndcg(b[s, rows]) - ndcg(a[s, rows]) for s in range(3)]))
+    of_seeds = np.array([ndcg(b[s]) - ndcg(a[s]) for s in range(3)])
+    assert found.mean == pytest.approx(of_seeds.mean(), abs=1e-12) and found.replicates == 15
+    parts = np.var(values, ddof=1), of_seeds.var(ddof=1) / 3
+    freedom = sum(parts) ** 2 / (parts[0] ** 2 / (len(everyone) - 1) + parts[1] ** 2 / 2)
+    expected = stats.t.interval(0.95, freedom, of_seeds.mean(), np.sqrt(sum(parts)))
+    assert [found.low, found.high] == pytest.approx(expected, abs=1e-9)
 
 
 def test_identical_ranks_differ_by_nothing():

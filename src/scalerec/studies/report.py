@@ -37,7 +37,7 @@ def markdown(found: dict[str, Any]) -> str:
     lines = [f"# {', '.join(model['name'] for model in found['models'])}", ""]
     lines += [
         f"{found['test_rows']:,} test rows of {found['test_users']:,} users, {found['seeds']} seeds. Differences are "
-        f"to {found['reference']}, in points of 1/100, with 95 % intervals from a bootstrap over users and seeds; "
+        f"to {found['reference']}, in points of 1/100, with 95 % intervals over users and seeds; "
         "where the interval holds zero the difference is *not resolved*.",
     ]
     if found["test_rows"] < SMALL_TEST:
