@@ -116,6 +116,8 @@ def best(path: Path) -> Path:
     found = saved(path)
     if not found:
         raise InputError(f"{path}: no checkpoint there; train one with `scalerec train RECIPE --out {path}`")
+    if not json.loads((found[-1] / "state.json").read_text())["step"]:
+        raise InputError(f"{path}: nothing is trained yet; go on with `scalerec train ... --out {path} --resume`")
     return found[-1]
 
 

@@ -44,10 +44,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"scalerec: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("scalerec: interrupted; `--resume` goes on from the last checkpoint", file=sys.stderr)
+        resumable = "; `--resume` goes on from the last checkpoint" if options.command == "train" else ""
+        print(f"scalerec: interrupted{resumable}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 0
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"scalerec: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -143,7 +149,7 @@ def _changes(rest: list[str]) -> dict[str, str]:
     return changes
 
 
-def _run(recipe: str, changes: dict[str, str]) -> Any:
+def _run(recipe: str, changes: dict[str, str], *, settled: bool = True) -> Any:
     """The run of "RECIPE", changed; "RECIPE+path=value" is a variant of it, which is named by what it changes."""
     from scalerec.recipes.catalogue import find
     from scalerec.training.run import Run
@@ -153,7 +159,8 @@ def _run(recipe: str, changes: dict[str, str]) -> Any:
         recipe, *own = re.split(r"\+(?=[a-z][\w.]*=)", recipe)
     run = config.read(Run, recipe) if recipe.endswith(".json") else find(recipe)
     run = config.override(run, changes | dict(_pair(change) for change in own))
-    return run.model_copy(update={"name": "+".join([run.name, *own])})
+    data = run.data.settled(_say) if settled else run.data
+    return run.model_copy(update={"name": "+".join([run.name, *own]), "data": data})
 
 
 def _pair(change: str) -> tuple[str, str]:
@@ -186,6 +193,8 @@ def data(options: argparse.Namespace) -> None:
 
 
 def schema(options: argparse.Namespace) -> None:
+    if options.out and options.out.exists():
+        raise InputError(f"--out {options.out}: already there, and perhaps edited: name another, or remove it")
     from scalerec.data.infer import infer
     from scalerec.data.reader import ParquetRows, find_parquet
     from scalerec.data.split import NoSplit
@@ -195,7 +204,7 @@ def schema(options: argparse.Namespace) -> None:
         for remark in remarks:
             _say(remark)
     else:
-        found = _run(options.source, options.changes).data.schema()
+        found = _run(options.source, options.changes, settled=False).data.schema()
     text = json.dumps(found.model_dump(mode="json", exclude_defaults=False), indent=2) + "\n"
     if options.out:
         options.out.write_text(text)
@@ -264,9 +273,10 @@ def train(options: argparse.Namespace) -> None:
 def evaluate(options: argparse.Namespace) -> None:
     from scalerec.studies.slices import evaluate_run
 
+    _say_if_cut(options.run_folder)
     found = evaluate_run(
         options.run_folder, part=options.part, data=options.data, by=options.by, keep_rate=options.keep_rate,
-        changes=options.changes,
+        changes=options.changes, progress=_say,
     )  # fmt: skip
     if options.json:
         return print(json.dumps(found))
@@ -274,10 +284,18 @@ def evaluate(options: argparse.Namespace) -> None:
         _tables(tables, f"{options.by} = {value}" if options.by else value)
 
 
+def _say_if_cut(folder: Path) -> None:
+    if (folder / "checkpoints").is_dir() and not (folder / "metrics.json").exists():
+        _say(f"{folder}: this training is not finished; this is its best checkpoint so far")
+
+
 def predict(options: argparse.Namespace) -> None:
     from scalerec.studies.scores import score_files
 
-    found = score_files(options.run_folder, options.input, options.out, skip_bad_shards=options.skip_bad_shards)
+    _say_if_cut(options.run_folder)
+    found = score_files(
+        options.run_folder, options.input, options.out, skip_bad_shards=options.skip_bad_shards, progress=_say
+    )
     print(json.dumps(found) if options.json else f"{found['rows']:,} rows with scores in {options.out}")
     for what, number in found["counts"].items():
         _say(f"  {what}: {number:,}")

@@ -146,7 +146,12 @@ def test_resume_without_a_checkpoint_or_with_another_config(train, log, complain
     (tmp_path / "run/metrics.json").unlink()
     complaint(train("--resume", "--training.batch_size", "77"), "--training.batch_size 1024, now it is 77")
     pq.write_table(shop(rows=3_100), log)
-    complaint(train("--resume"), "3,000 rows", "3,100", "--warm-start")
+    complaint(train("--resume"), "--data.split.validation", "--warm-start")
+    split = '{"kind": "random"}'
+    assert train("--data.split", split, out="other") == 0
+    (tmp_path / "other/metrics.json").unlink()
+    pq.write_table(shop(rows=3_200), log)
+    complaint(train("--resume", "--data.split", split, out="other"), "3,100 rows", "3,200", "--warm-start")
 
 
 def test_full_disk_keeps_the_last_good_checkpoint(train, complaint, tmp_path, monkeypatch):
@@ -186,6 +191,36 @@ def test_only_a_folder_is_filled_by_export(train, complaint, tmp_path):
     for state in ("redis://localhost:6379/0", "lmdb:state"):
         complaint(main([*command, "--state", state]), f"--state {state}: name a folder", "docs/state.md")
     assert not (tmp_path / "bundle").exists()
+
+
+def test_what_is_there_is_not_written_over(train, log, schema_file, complaint, tmp_path):
+    before = schema_file.read_text() + " "
+    schema_file.write_text(before)
+    complaint(main(["schema", "infer", str(log), "--out", str(schema_file)]), "schema.json: already there")
+    assert schema_file.read_text() == before
+    assert train() == 0
+    complaint(main(["predict", str(tmp_path / "run"), str(log), "--out", str(log)]), "one of the files to score")
+
+
+def test_places_that_cannot_be_written(train, log, complaint, tmp_path):
+    assert train() == 0
+    (tmp_path / "folder").mkdir()
+    complaint(main(["predict", str(tmp_path / "run"), str(log), "--out", str(tmp_path / "folder")]), "folder")
+    complaint(main(["schema", "infer", str(log), "--out", str(tmp_path / "no/s.json")]), "no/s.json: No such file")
+
+
+def test_a_training_that_has_not_begun_is_not_evaluated(train, tmp_path, complaint, capsys):
+    assert train() == 0
+    run = tmp_path / "run"
+    for name in ("metrics.json", "best.json"):
+        (run / name).unlink()
+    capsys.readouterr()
+    assert main(["evaluate", str(run)]) == 0
+    assert "this training is not finished" in capsys.readouterr().err
+    for folder in (run / "checkpoints").iterdir():
+        state = json.loads((folder / "state.json").read_text())
+        (folder / "state.json").write_text(json.dumps(state | {"step": 0}))
+    complaint(main(["evaluate", str(run)]), "nothing is trained yet", "--resume")
 
 
 def test_prediction_over_existing_scores(train, log, tmp_path, complaint):

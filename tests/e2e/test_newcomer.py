@@ -66,6 +66,45 @@ def test_sequences_of_ones_own_log(log, schema_file, tmp_path, capsys, recipe):
     assert set(found) == ({"click"} if "ranking" in recipe else {"next"})
 
 
+def test_rows_without_their_past_are_scored_with_one_that_is_replayed(log, schema_file, tmp_path, capsys):
+    """As those of training had theirs made; what is written are the columns that were given, and scores."""
+    schema = json.loads(schema_file.read_text())
+    seen = {"kind": "sequence", "name": "seen", "fields": [{"of": "item_id"}], "max_len": 5}
+    schema["groups"][0]["features"].append(seen)
+    (tmp_path / "past.json").write_text(json.dumps(schema))
+    data = ["--data.path", str(log), "--data.schema_file", str(tmp_path / "past.json")]
+    small = ["--model.hidden", "[8]", "--training.epochs", "1", "--training.tensorboard", "false", "--quiet"]
+    run, out = str(tmp_path / "run"), tmp_path / "scored.parquet"
+    assert main(["train", "dlrm_mlp_parquet", "--out", run, *data, *small]) == 0
+    assert main(["predict", run, str(log), "--out", str(out)]) == 0
+    scored, test = pq.read_table(out), pq.read_table(tmp_path / "run/test.parquet")
+    assert scored.drop_columns(["score_click"]).equals(pq.read_table(log))
+    np.testing.assert_allclose(
+        scored["score_click"].to_numpy()[test["row"].to_numpy()], test["click_score"].to_numpy(), atol=1e-6
+    )
+    capsys.readouterr()
+    assert main(["evaluate", run, "--data", str(log), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["shop.parquet"]["click"]
+    assert found["auc"] == pytest.approx(roc_auc_score(pq.read_table(log)["is_click"], scored["score_click"]))
+
+
+def test_a_run_keeps_the_cuts_of_its_split(train, log, tmp_path, capsys, monkeypatch):
+    """Rows that are added later do not make test rows of what was trained on, wherever the run is evaluated."""
+    (tmp_path / "logs").mkdir()
+    pq.write_table(pq.read_table(log), tmp_path / "logs/a.parquet")
+    monkeypatch.chdir(tmp_path)
+    assert train(data="logs") == 0
+    rows = pq.read_table(tmp_path / "run/test.parquet").num_rows
+    later = shop(5, 300)
+    at = later.column_names.index("shown_at")
+    moved = later["shown_at"].to_numpy() + 10**7
+    pq.write_table(later.set_column(at, "shown_at", pa.array(moved)), tmp_path / "logs/b.parquet")
+    monkeypatch.chdir("/")
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "run"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["test"]["click"]["rows"] == rows + 300
+
+
 def test_prediction_needs_no_label_and_counts_new_ids(train, tmp_path, capsys):
     assert train() == 0
     pq.write_table(shop(1, 500, first_item=50).drop_columns(["is_click"]), tmp_path / "new.parquet")
@@ -83,15 +122,16 @@ def test_time_split_keeps_the_future_out(train, log, tmp_path):
     assert (pq.read_table(log)["shown_at"].to_numpy()[rows] >= cut[1]).all() and len(rows) == ROWS // 10
 
 
-def test_histories_are_made_where_the_log_has_none(train, edit, tmp_path):
+def test_histories_are_made_where_the_log_has_none(train, edit, tmp_path, monkeypatch):
     """A sequence in the schema is enough; a row sees the clicks of its user before it."""
+    monkeypatch.setenv("SCALEREC_CACHE", str(tmp_path / "cache"))
 
     def add_past(schema):
         past = {"kind": "sequence", "name": "clicked", "fields": [{"of": "item_id"}], "where": "is_click", "max_len": 5}
         schema["groups"].insert(0, {"name": "past", "side": "user", "features": [past]})
 
     assert train(schema=edit(add_past)) == 0
-    (prepared,) = (cache_root() / "parquet").rglob("part-*.parquet")
+    (prepared,) = (cache_root() / "histories").rglob("part-*.parquet")
     rows = pq.read_table(prepared).to_pylist()
     clicks: dict[int, list[int]] = {}
     for row in rows:

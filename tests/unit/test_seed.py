@@ -13,7 +13,7 @@ import pytest
 
 from scalerec.data.parts import write_earlier
 from scalerec.data.reader import ParquetRows
-from scalerec.data.source import Source
+from scalerec.data.source import Prepared, Source
 from scalerec.data.sources.parquet import Parquet
 from scalerec.data.sources.sequences import Sequences
 from scalerec.data.split import TimeSplit
@@ -144,6 +144,9 @@ class Begun(Parquet):
     """A log with events from before it."""
 
     kind: Any = "begun"
+
+    def prepare(self, progress: Any = print) -> Prepared:
+        return Source.prepare(self, progress)
 
     def build(self, folder: Path, progress: Any) -> dict[str, Any]:
         rows = pq.read_table(self.files()[0].parent, schema=None)

@@ -411,7 +411,8 @@ def test_the_cache_knows_the_inner_source(tmp_path: Path, monkeypatch: pytest.Mo
     known = Sequences(of=of).identity()
     assert Sequences(of=of).identity() == known
     assert Sequences(of=of.model_copy(update={"split": RandomSplit()})).identity() != known
-    assert Sequences(of=of, split=NoSplit()).identity() == known
+    with pytest.raises(ValueError, match=r"--data\.of\.split"):
+        Sequences(of=of, split=NoSplit())
     assert Sequences(of=of, max_len=3).identity() != known
     source(tmp_path / "log", [*rows, row("z", 9, 9)])
     assert Sequences(of=of).identity() != known

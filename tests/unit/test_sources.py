@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +17,7 @@ from hypothesis import strategies as st
 from scalerec.config import component
 from scalerec.data import download, parts, running
 from scalerec.data.reader import ParquetRows
-from scalerec.data.source import Source
+from scalerec.data.source import Prepared, Source, kept
 from scalerec.data.sources.kuairand import KuaiRand
 from scalerec.data.sources.movielens_1m import MovieLens1M
 from scalerec.data.sources.movielens_100k import MovieLens100K
@@ -147,21 +146,31 @@ def with_times(folder: Path, times: list | np.ndarray) -> Parquet:
 def test_a_log_without_a_split_is_cut_in_time(tmp_path: Path, times: np.ndarray, rows: tuple, test: float) -> None:
     said: list[str] = []
     source = with_times(tmp_path, times)
-    prepared = source.prepare(said.append)
-    assert isinstance(prepared.split, TimeSplit)
-    assert prepared.split.test == pytest.approx(test, rel=1e-13)
-    assert prepared.notes["split"] in said[-1]
-    found = ParquetRows.of(source, prepared)
+    settled = source.settled(said.append, "--data.of")
+    assert isinstance(settled.split, TimeSplit)
+    assert settled.split.test == pytest.approx(test, rel=1e-13)
+    assert said == [f"no --data.of.split: taking '{settled.split.model_dump_json()}'"]
+    assert settled.settled(said.append) == settled and len(said) == 1
+    found = ParquetRows.of(source, source.prepare())
     assert tuple(sum(batch.num_rows for batch in found.batches(part)) for part in PARTS) == rows
 
 
 def test_a_log_of_two_times_or_missing_ones_asks_for_a_split(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"column 't': fewer than three different times.*--data.split"):
-        with_times(tmp_path, [5, 5, 6]).prepare()
-    with pytest.raises(InputError, match="column 't', row 1 of a piece: no time"):
-        with_times(tmp_path, [5, None, 6]).prepare()
+        with_times(tmp_path, [5, 5, 6]).settled()
+    with pytest.raises(InputError, match=r"log\.parquet: column 't', row 1 of a piece: no time"):
+        with_times(tmp_path, [5, None, 6]).settled()
     source = with_times(tmp_path, [5, 5, 6])
-    assert source.model_copy(update={"split": RandomSplit()}).prepare().split == RandomSplit()
+    assert source.model_copy(update={"split": RandomSplit()}).settled().split == RandomSplit()
+
+
+def test_a_settled_source_means_the_same_files_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_times(tmp_path, [1, 2, 3])
+    monkeypatch.chdir(tmp_path)
+    source = Parquet(path="log.parquet", schema_file="schema.json").settled()
+    monkeypatch.chdir("/")
+    assert source.settled() == source
+    assert source.prepare().files == [tmp_path / "log.parquet"]
 
 
 def past_of_items(*names: str) -> Schema:
@@ -181,7 +190,8 @@ def test_lists_are_all_brought_or_all_made(tmp_path: Path) -> None:
         Parquet(path=str(tmp_path / "log.parquet"), schema_file=str(tmp_path / "schema.json")).prepare()
 
 
-def test_files_of_different_widths_are_replayed_together(tmp_path: Path) -> None:
+def test_files_of_different_widths_are_replayed_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCALEREC_CACHE", str(tmp_path / "cache"))
     (tmp_path / "schema.json").write_text(past_of_items("h").model_dump_json())
     (tmp_path / "log").mkdir()
     for name, kind, times in (("a", pa.int64(), [1, 2]), ("b", pa.int32(), [3])):
@@ -194,27 +204,22 @@ def test_files_of_different_widths_are_replayed_together(tmp_path: Path) -> None
         source.prepare()
 
 
-class Slow(Parquet):
-    """A log that another process has prepared while this one was at it."""
+def test_what_another_process_prepared_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCALEREC_CACHE", str(tmp_path))
 
-    def build(self, folder: Path, progress: Callable[[str], None]) -> dict[str, Any]:
-        made = super().build(folder, progress)
-        if type(self) is Slow:
-            theirs = Parquet(**self.model_dump()).prepare().files[0]
-            self.theirs.append((theirs, theirs.stat().st_ino))
-        return made
+    def write(folder: Path) -> dict[str, Any]:
+        pq.write_table(pa.table({"x": [1]}), folder / "a.parquet")
+        return {"by": "the quicker"}
 
-    theirs: ClassVar[list[tuple[Path, int]]] = []
+    def slowly(folder: Path) -> dict[str, Any]:
+        made = write(folder)
+        theirs.append(kept("test", {"number": 1}, write))
+        return made | {"by": "the slower"}
 
-
-def test_what_another_process_prepared_meanwhile_is_kept(tmp_path: Path) -> None:
-    (tmp_path / "schema.json").write_text(past_of_items("h").model_dump_json())
-    log = {"u": [1] * 3, "i": [1, 2, 3], "t": [1, 2, 3], "y": [0, 1, 0]}
-    pq.write_table(pa.table(log), tmp_path / "log.parquet")
-    source = Slow(path=str(tmp_path / "log.parquet"), schema_file=str(tmp_path / "schema.json"))
-    (found,) = source.prepare().files
-    assert Slow.theirs == [(found, found.stat().st_ino)]
-    assert not list(found.parent.parent.glob(".building-*"))
+    theirs: list[Prepared] = []
+    found = kept("test", {"number": 1}, slowly)
+    assert found == theirs[0] and found.notes == {"by": "the quicker"} and found.files[0].exists()
+    assert not list(found.files[0].parent.parent.glob(".building-*"))
 
 
 def test_parquet_names_what_is_missing(tmp_path: Path) -> None:

@@ -88,8 +88,8 @@ class ParquetRows:
 
     @staticmethod
     def of(source: Source, prepared: Prepared, *, skip_bad_shards: bool = False) -> ParquetRows:
-        files, split, row_column = prepared.files, prepared.split, source.row_column
-        return ParquetRows(files, split, skip_bad_shards=skip_bad_shards, row_column=row_column)
+        split, row_column = source.parts(), source.row_column
+        return ParquetRows(prepared.files, split, skip_bad_shards=skip_bad_shards, row_column=row_column)
 
     def pieces(
         self, part: Part, columns: Sequence[str] | None = None, order: Sequence[int] | None = None, start: int = 0,

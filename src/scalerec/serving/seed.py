@@ -140,7 +140,7 @@ class _Log(NamedTuple):
         if absent:
             progress(f"the log has no column {absent!r}: histories end before each user's last row")
         wanted: list[str] = list(dict.fromkeys([schema.user, schema.time, *([] if absent else events)]))
-        rows, part = _read(files, wanted, prepared.split)
+        rows, part = _read(files, wanted, inner.parts())
         taken = np.isin(part, [PARTS.index(name) for name in parts])
         taken &= _before(rows, schema, until) if until is not None else True
         at = (_ends(rows, schema, taken) if absent else _begins(rows, schema)) if has_lists else None

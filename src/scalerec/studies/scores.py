@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import torch
 
 from scalerec import checkpoint
+from scalerec.data.histories import with_histories
 from scalerec.data.reader import ParquetRows, find_parquet
 from scalerec.data.split import NoSplit
 from scalerec.errors import InputError
@@ -20,12 +21,15 @@ from scalerec.evaluate import BATCH
 from scalerec.models.base import Model
 
 
-def score_files(folder: Path, source: str, out: Path, *, skip_bad_shards: bool = False) -> dict[str, Any]:
+def score_files(
+    folder: Path, source: str, out: Path, *, skip_bad_shards: bool = False,
+    progress: Callable[[str], None] = lambda message: None,
+) -> dict[str, Any]:  # fmt: skip
     """Write the rows of `source` to `out` with one column `score_<task>` per task; `out` appears only when complete.
 
     Raises:
         InputError: no checkpoint, no files, columns missing, a column of that name already there, a model that does
-            not rank.
+            not rank, `out` among the files.
     """
     saved = checkpoint.load(folder)
     model = saved.model()
@@ -34,7 +38,12 @@ def score_files(folder: Path, source: str, out: Path, *, skip_bad_shards: bool =
             f"{folder}: {saved.run['model']['kind']} only retrieves and has no scores of tasks: measure it with "
             "`scalerec evaluate`, or train a model that ranks (hstu with --model.goal ranking or joint)"
         )
-    rows = ParquetRows(find_parquet(source), NoSplit(), skip_bad_shards=skip_bad_shards)
+    files = find_parquet(source)
+    if out.resolve() in [file.resolve() for file in files]:
+        raise InputError(f"--out {out}: one of the files to score: name another")
+    kept = ParquetRows(files, NoSplit(), skip_bad_shards=skip_bad_shards).columns
+    files = with_histories(files, saved.encoder.schema, progress).files
+    rows = ParquetRows(files, NoSplit(), skip_bad_shards=skip_bad_shards)
     names = [f"score_{task}" for task in saved.layout.tasks]
     clash = [name for name in names if name in rows.columns]
     if clash:
@@ -44,7 +53,7 @@ def score_files(folder: Path, source: str, out: Path, *, skip_bad_shards: bool =
     count, counts = 0, Counter[str]()
     try:
         writer = None
-        for scored in _scored(saved, model, rows, names, counts):
+        for scored in _scored(saved, model, rows, kept, names, counts):
             writer = writer or pq.ParquetWriter(temporary, scored.schema, compression="zstd")
             mine, first = list(scored.schema), list(writer.schema)
             odd = next((field for field in mine + first if (field in mine) != (field in first)), None)
@@ -64,8 +73,10 @@ def score_files(folder: Path, source: str, out: Path, *, skip_bad_shards: bool =
 
 
 def _scored(
-    saved: checkpoint.Checkpoint, model: Model, rows: ParquetRows, names: list[str], counts: Counter[str]
-) -> Iterator[pa.RecordBatch]:
+    saved: checkpoint.Checkpoint, model: Model, rows: ParquetRows, kept: list[str], names: list[str],
+    counts: Counter[str],
+) -> Iterator[pa.RecordBatch]:  # fmt: skip
+    """The columns `kept` of all rows, and beside them their scores."""
     for piece in rows.pieces("train"):
         if not piece.rows.num_rows:
             continue
@@ -76,5 +87,6 @@ def _scored(
         with torch.inference_mode():
             parts = torch.arange(len(batch)).split(BATCH)
             scores = torch.cat([torch.sigmoid(model(batch.take(part)).logits) for part in parts]).numpy()
-        arrays = [*piece.rows.columns, *(pa.array(np.ascontiguousarray(scores[:, j])) for j in range(len(names)))]
-        yield pa.RecordBatch.from_arrays(arrays, names=[*piece.rows.schema.names, *names])
+        given = piece.rows.select([name for name in piece.rows.schema.names if name in kept])
+        arrays = [*given.columns, *(pa.array(np.ascontiguousarray(scores[:, j])) for j in range(len(names)))]
+        yield pa.RecordBatch.from_arrays(arrays, names=[*given.schema.names, *names])

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from scalerec import checkpoint
 from scalerec.config import override, parse
+from scalerec.data.histories import with_histories
 from scalerec.data.reader import ParquetRows, find_parquet
 from scalerec.data.split import NoSplit
 from scalerec.errors import InputError
@@ -58,7 +59,10 @@ def skew(
         raise InputError(f"{exposures}: {error}") from None
     join = None
     if log:
-        files = find_parquet(data) if data else _prepared(saved.run, folder, changes or {})
+        if data:
+            files = with_histories(find_parquet(data), saved.encoder.schema, lambda message: None).files
+        else:
+            files = _prepared(saved.run, folder, changes or {})
         join = _join(served, shown, ParquetRows(files, NoSplit()), within)
     else:
         for rows in shown.pieces(served.needed):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pyarrow as pa
 from scalerec import checkpoint, metrics, topk
 from scalerec.batch import UNKNOWN
 from scalerec.config import override, parse
+from scalerec.data.histories import with_histories
 from scalerec.data.loader import Loader
 from scalerec.data.reader import ParquetRows, find_parquet
 from scalerec.data.split import NoSplit, Part
@@ -28,7 +30,7 @@ OF_PLACES = ("hr@10", "ndcg@10")  # what has an interval, of retrieval
 
 def evaluate_run(
     folder: Path, *, part: Part = "test", data: str | None = None, by: str | None = None, keep_rate: float = 1.0,
-    changes: dict[str, str] | None = None,
+    changes: dict[str, str] | None = None, progress: Callable[[str], None] = lambda message: None,
 ) -> dict[str, dict[str, dict[str, float]]]:  # fmt: skip
     """Slice -> task -> metrics; without `by` the one slice is the part itself.
 
@@ -45,7 +47,8 @@ def evaluate_run(
         )
     run = override(parse(Run, saved.run, str(folder)), changes or {})
     if data:
-        rows, part = ParquetRows(find_parquet(data), NoSplit()), "train"
+        files = with_histories(find_parquet(data), saved.encoder.schema, progress).files
+        rows, part = ParquetRows(files, NoSplit()), "train"
     else:
         rows = ParquetRows.of(run.data, run.data.prepare(), skip_bad_shards=run.skip_bad_shards)
     predictions = predict_batches(model, Loader(rows, saved.encoder, part, BATCH))

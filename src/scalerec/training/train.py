@@ -63,6 +63,7 @@ class Training:
     """One run in one folder."""
 
     def __init__(self, run: Run, out: Path, *, resume: bool = False, warm_start: Path | None = None, log: Log):
+        run = run.model_copy(update={"data": run.data.settled(log.say)})
         self.run, self.out, self.log = run, out, log
         self.config = run.training
         threads = self.config.threads or torch.get_num_threads()
@@ -272,9 +273,10 @@ def check_same(earlier: checkpoint.Checkpoint, run: Run, out: Path) -> None:
     before = paths(parse(Run, earlier.run, str(earlier.folder)))
     for path, value in paths(run).items():
         if before.get(path) != value:
+            grown = " (a log that has grown is for --warm-start)" if ".split." in path else ""
             raise InputError(
                 f"{out} was started with --{path} {before.get(path)}, now it is {value}: use the same options or "
-                "another --out"
+                f"another --out{grown}"
             )
 
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from scalerec import config
-from scalerec.data.parts import write_parts
+from scalerec.data.histories import with_histories
 from scalerec.data.reader import ParquetRows, find_parquet
 from scalerec.data.source import Prepared, Source, Split
 from scalerec.data.split import NoSplit, RandomSplit, TimeSplit, times_of
 from scalerec.errors import InputError
-from scalerec.features import history
 from scalerec.schema import Schema
 
 STEPS = 65_536  # between the first and the last time of a log, at which it may be cut
@@ -50,39 +48,30 @@ class Parquet(Source):
 
     def prepare(self, progress: Callable[[str], None] = lambda message: None) -> Prepared:
         """The files themselves; or, with histories to be made, copies that have them."""
-        files, schema = self.files(), self.schema()
-        lists = [name for sequence in schema.sequences for name in sequence.list_columns()]
-        try:
-            there = set(pq.read_schema(files[0]).names)
-        except (pa.ArrowException, OSError):
-            there = set(lists)  # the reader names the broken file
-        absent = [name for name in lists if name not in there]
-        if absent and len(absent) < len(lists):
-            has = next(name for name in lists if name in there)
-            raise InputError(
-                f"{files[0]}: has the list column {has!r} and not {absent[0]!r}: bring the lists of all sequences, or "
-                "none of them to have them made"
-            )
-        if absent:
-            prepared = super().prepare(progress)
-        else:
-            split = self.split or self.usual_split(files)
-            prepared = Prepared(files, split, {"path": self.path, "files": len(files)})
-        split = prepared.split.model_dump_json()
-        if self.split is None:
-            progress(f"no --data.split: taking '{split}'")
-        return prepared._replace(notes=prepared.notes | {"split": split})
+        files = self.files()
+        prepared = with_histories(files, self.schema(), progress)
+        return prepared._replace(notes={"path": self.path, "files": len(files)} | prepared.notes)
 
-    def usual_split(self, files: list[Path]) -> Split:
-        """Cut in time by the schema's `time` column, in one pass over it; at random where the schema names none.
+    def settled(self, progress: Callable[[str], None] = lambda message: None, option: str = "--data") -> Parquet:
+        """With a split by the schema's `time` where none is named, in one pass over it, and with absolute paths.
+
+        A schema without a time is split at random.
 
         Raises:
             InputError: fewer than three different times, or a row without one.
         """
+        split = self.split
+        if split is None:
+            split = self._usual_split()
+            progress(f"no {option}.split: taking '{split.model_dump_json()}'")
+        paths = {name: os.path.abspath(value) for name in ("path", "schema_file") if (value := getattr(self, name))}
+        return self.model_copy(update={"split": split, **paths})
+
+    def _usual_split(self) -> Split:
         column = self.schema().time
         if column is None:
             return RandomSplit(validation=SHARE, test=SHARE)
-        rows = ParquetRows(files, NoSplit(), skip_bad_shards=True)  # who reads them says which are bad
+        rows = ParquetRows(self.files(), NoSplit(), skip_bad_shards=True)  # who reads them says which are bad
         ends = [(times.min(), times.max()) for times in _times(rows, column)]
         edges = np.linspace(min(first for first, _ in ends), max(last for _, last in ends), STEPS)
         counts, firsts = np.zeros(STEPS, np.int64), np.full(STEPS, np.inf)
@@ -106,23 +95,11 @@ class Parquet(Source):
         stamps = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in self.files()]
         return {**super().identity(), "files": stamps, "schema": self.schema().model_dump(mode="json")}
 
-    def build(self, folder: Path, progress: Callable[[str], None]) -> dict[str, Any]:
-        progress(f"replaying {self.path} for the histories of its users (the log is held in memory)")
-        tables = []
-        for file in self.files():
-            try:
-                tables.append(pq.read_table(file))
-            except (pa.ArrowException, OSError) as error:
-                raise InputError(f"{file}: not a readable Parquet file ({error}); repair it or take it out") from None
-        try:
-            log = pa.concat_tables(tables, promote_options="permissive")
-        except pa.ArrowException as error:
-            raise InputError(f"{self.path}: the files do not go together ({error})") from None
-        write_parts(folder, history.replay_pieces(self.schema(), log))
-        return {"path": self.path, "rows": log.num_rows, "histories": [s.name for s in self.schema().sequences]}
-
 
 def _times(rows: ParquetRows, column: str) -> Iterator[np.ndarray]:
-    for batch in rows.batches("train", [column]):
-        if batch.num_rows:
-            yield times_of(batch, column)
+    for piece in rows.pieces("train", [column]):
+        if piece.rows.num_rows:
+            try:
+                yield times_of(piece.rows, column)
+            except InputError as error:
+                raise InputError(f"{piece.group.file}: {error}") from None

@@ -64,6 +64,8 @@ class Sequences(Source):
     def _consistent(self) -> Sequences:
         if isinstance(self.of, Sequences):
             raise ValueError("sequences of sequences: name the log itself in `of`")
+        if self.split != ColumnSplit(column=PART):
+            raise ValueError("split: that of the log decides: give `of` one (--data.of.split)")
         for option in ("session_gap", "session_events"):
             if self.protocol != "time" and getattr(self, option) is not None:
                 raise ValueError(f"{option}: protocol {self.protocol!r} has one training example a user: leave it out")
@@ -130,6 +132,9 @@ class Sequences(Source):
     def paired_with(self) -> Any:
         return self.of if self.protocol == "time" else (self.of, self.protocol)
 
+    def settled(self, progress: Callable[[str], None] = lambda message: None, option: str = "--data") -> Sequences:
+        return self.model_copy(update={"of": self.of.settled(progress, f"{option}.of")})
+
     def identity(self) -> dict[str, Any]:
         split = self.of.model_dump(mode="json", include={"split"})["split"]
         return {**super().identity(), "of": self.of.identity(), "of_split": split}
@@ -140,7 +145,7 @@ class Sequences(Source):
         prepared = self.of.prepare(progress)
         schema = self.schema()
         rows = ParquetRows(prepared.files, NoSplit())
-        split = prepared.split if self.protocol == "time" else NoSplit()
+        split = self.of.parts() if self.protocol == "time" else NoSplit()
         counts: Counter[str] = Counter()
         partitions = max(-(-rows.num_rows // self.partition_rows), 1)
         size = min(max(ROW_GROUP * USUAL_LENGTH // self.max_len, 1024), ROW_GROUP)
