@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from scalerec.batch import Jagged
@@ -17,7 +18,7 @@ from scalerec.layers.heads import Heads, ProductHeads
 from scalerec.models.hstu import HSTUConfig
 from scalerec.models.sasrec import SASRecConfig
 from scalerec.models.two_tower import TwoTowerConfig
-from scalerec.ops.candidate_attention import candidate_attention, candidate_attention_reference
+from scalerec.ops.candidate_attention import candidate_attention, candidate_attention_reference, candidate_pairs
 from tests.contract.contract import KernelsCounted
 from tests.unit.sequences import RESEARCH, alone, awake, batch, changed_event, jagged, layout, state_of
 
@@ -280,13 +281,17 @@ def test_a_table_of_another_width_cannot_retrieve():
 
 
 @pytest.mark.parametrize("normalise", ["silu", "softmax"])
-@pytest.mark.parametrize("users", [1, 3])
-def test_candidate_attention_is_its_plain_twin(normalise: Any, users: int):
+@pytest.mark.parametrize(
+    ("users", "rows_of"),
+    [(1, [0] * 6), (3, [2, 0, 1, 0, 2, 2]), (3, [0, 2, 1, *[2] * 11]), (4, [2] * 5)],
+    ids=["one user", "even", "one with most rows", "one with all rows"],
+)
+def test_candidate_attention_is_its_plain_twin(normalise: Any, users: int, rows_of: list[int]):
     torch.manual_seed(0)
-    lengths = torch.tensor([4, 0, 7][:users])
+    lengths = torch.tensor([4, 0, 7, 2][:users])
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    total, rows = int(lengths.sum()), 6
-    user_of_row = torch.randint(0, users, (rows,))
+    user_of_row = torch.tensor(rows_of, dtype=torch.long)
+    total, rows = int(lengths.sum()), len(rows_of)
     shapes = [(rows, 2, 3), (rows, 2, 3), (rows, 2, 5), (total, 2, 3), (total, 2, 5), (total,), ()]
     given = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     *tensors, bias, own = given
@@ -299,6 +304,36 @@ def test_candidate_attention_is_its_plain_twin(normalise: Any, users: int):
         torch.autograd.grad((found * weight).sum(), given), torch.autograd.grad((expected * weight).sum(), given)
     ):
         torch.testing.assert_close(one, other)
+
+
+def test_one_user_with_most_rows_costs_no_more_than_its_rows():
+    """Joined requests of one large and many small: what is allocated and multiplied is bounded by rows, not users."""
+    users, rows, length = 128, 256, 30
+    offsets = length * torch.arange(users + 1)
+    keys, values = torch.randn(2, users * length, 2, 8)
+    q, k, v = torch.randn(3, rows, 2, 8)
+    found = {}
+    for name, user_of_row in {
+        "even": torch.arange(rows) % users, "heavy": (torch.arange(rows) - users).clamp(min=0),
+    }.items():  # fmt: skip
+        with LargestTensor() as watch, FlopCounterMode(display=False) as counter:
+            candidate_attention(q, k, v, keys, values, offsets, user_of_row)
+        assert counter.get_total_flops() == 2 * 2 * (8 + 8) * candidate_pairs(offsets, user_of_row)
+        found[name] = watch.largest, counter.get_total_flops()
+    assert all(heavy <= 3.5 * even for even, heavy in zip(found["even"], found["heavy"])), found
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes how many numbers the largest tensor has that any operation gave."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, Tensor):
+                self.largest = max(self.largest, x.numel())
+        return out
 
 
 def test_the_production_variant_multiplies_user_and_item():

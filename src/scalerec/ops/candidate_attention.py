@@ -1,6 +1,7 @@
 """Candidates that each see the history of their user and themselves, over keys and values computed once (M-FALCON).
 
 B candidate rows   U users   T history tokens of all users   H heads   K width of q and k   V width of v
+P pieces of users' rows   R most rows of a piece   L longest history
 """
 
 from __future__ import annotations
@@ -33,18 +34,22 @@ def candidate_attention(
     if users == 1:
         parts = zip((alpha * q).split(TOGETHER), own.split(TOGETHER), v.split(TOGETHER))
         return torch.cat([_over_one(*part, keys, values, bias, scale, normalise) for part in parts] or [v])
+    user_of_piece, piece, place, most = _pieces(user_of_row, users)
     history, mask = Jagged(torch.cat([keys, values], -1), offsets).padded()  # [U, L, H, K + V]
-    keys_ULHK, values_ULHV = history.split([keys.shape[-1], values.shape[-1]], -1)
-    place, most = _place(user_of_row, users)
-    q_URHK = q.new_zeros(users, most, *q.shape[1:]).index_put((user_of_row, place), q)
-    past = alpha * torch.einsum("urhd,ulhd->urhl", q_URHK, keys_ULHK)
-    if bias is not None:
-        past = past + Jagged(bias, offsets).padded()[0][:, None, None]
+    towards = None if bias is None else Jagged(bias, offsets).padded()[0]
+    if len(user_of_piece) > users:
+        history, mask = history.index_select(0, user_of_piece), mask.index_select(0, user_of_piece)
+        towards = None if towards is None else towards.index_select(0, user_of_piece)
+    keys_PLHK, values_PLHV = history.split([keys.shape[-1], values.shape[-1]], -1)
+    q_PRHK = q.new_zeros(len(user_of_piece), most, *q.shape[1:]).index_put((piece, place), q)
+    past = alpha * torch.einsum("prhd,plhd->prhl", q_PRHK, keys_PLHK)
+    if towards is not None:
+        past = past + towards[:, None, None]
     past = past.masked_fill(~mask[:, None, None], float("-inf") if normalise == "softmax" else 0.0)
-    own_URH = own.new_zeros(users, most, own.shape[1]).index_put((user_of_row, place), own)
-    weights, own_URH = _weights(past, own_URH, scale, normalise)
-    out = torch.einsum("urhl,ulhd->urhd", weights.to(values.dtype), values_ULHV)
-    return out[user_of_row, place] + own_URH[user_of_row, place][..., None] * v
+    own_PRH = own.new_zeros(len(user_of_piece), most, own.shape[1]).index_put((piece, place), own)
+    weights, own_PRH = _weights(past, own_PRH, scale, normalise)
+    out = torch.einsum("prhl,plhd->prhd", weights.to(values.dtype), values_PLHV)
+    return out[piece, place] + own_PRH[piece, place][..., None] * v
 
 
 def _over_one(
@@ -92,7 +97,8 @@ def candidate_pairs(offsets: Tensor, user_of_row: Tensor) -> int:
         return 0
     if users == 1:
         return rows * int(offsets[-1])
-    return users * _place(user_of_row, users)[1] * max(int(offsets.diff().max()), 1)
+    user_of_piece, _, _, most = _pieces(user_of_row, users)
+    return len(user_of_piece) * most * max(int(offsets.diff().max()), 1)
 
 
 def _weights(past: Tensor, own: Tensor, scale: float, normalise: Normalise) -> tuple[Tensor, Tensor]:
@@ -103,11 +109,19 @@ def _weights(past: Tensor, own: Tensor, scale: float, normalise: Normalise) -> t
     return F.silu(past) * scale, F.silu(own) * scale
 
 
-def _place(user_of_row: Tensor, users: int) -> tuple[Tensor, int]:
-    """The number [B] of each row among its user's rows, and the most rows that a user has."""
+def _pieces(user_of_row: Tensor, users: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Users' rows in pieces: the user of each [P], the piece and the place in it of each row [B], the most rows of one.
+
+    All are filled up to the largest. So that one user with very many rows does not set that for all others, none has
+    more than twice what users have on average, and P R <= 3 B + U.
+    """
     order = torch.argsort(user_of_row, stable=True)
     count = torch.bincount(user_of_row, minlength=users)
-    place = torch.empty_like(user_of_row)
+    number = torch.empty_like(user_of_row)  # of each row among its user's
     first = torch.repeat_interleave(count.cumsum(0) - count, count)
-    place[order] = torch.arange(user_of_row.numel(), device=user_of_row.device) - first
-    return place, int(count.max()) if user_of_row.numel() else 0
+    number[order] = torch.arange(user_of_row.numel(), device=user_of_row.device) - first
+    most = min(int(count.max()), -(-2 * user_of_row.numel() // users)) if user_of_row.numel() else 0
+    pieces = (-(-count // max(most, 1))).clamp(min=1)  # users without rows keep theirs: nothing is copied then
+    user_of_piece = torch.repeat_interleave(torch.arange(users, device=user_of_row.device), pieces)
+    before = pieces.cumsum(0) - pieces
+    return user_of_piece, before[user_of_row] + number // max(most, 1), number % max(most, 1), most
