@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -14,11 +15,12 @@ from scalerec.data.source import Source
 from scalerec.data.sources.sequences import Sequences
 from scalerec.data.sources.synthetic import Synthetic
 from scalerec.errors import InputError
+from scalerec.evaluate import NEXT, Predictions
 from scalerec.features.layout import Layout
 from scalerec.models.dlrm_mlp import DLRMMLPConfig
 from scalerec.models.hstu import HSTUConfig
 from scalerec.models.sasrec import SASRecConfig
-from scalerec.studies.compare import compare
+from scalerec.studies.compare import _difference, compare
 from scalerec.training.run import Run, TrainingConfig
 
 LOG = Synthetic(rows=2_000)
@@ -98,6 +100,14 @@ def test_retrievers_are_compared_by_where_they_put_the_item(tmp_path: Path) -> N
     assert sum(hits["sasrec"]) / 2 - sum(hits["hstu"]) / 2 == pytest.approx(entry["difference"], abs=0.02)
     assert "| model | HR@10 |" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "report.png").exists()
+
+
+@pytest.mark.parametrize("task", ["click", NEXT])
+def test_one_user_has_no_interval(task: str) -> None:
+    """The report comes after all trainings: it must not fail for want of users to draw from."""
+    ones = np.ones((4, 1))
+    only = [Predictions(ones / 2, np.array([[0.0], [1], [0], [1]]), ones, np.zeros(4, int), np.arange(4), ones)]
+    assert _difference(only, only, task, 0, "hr@10" if task == NEXT else "auc", 10) is None
 
 
 def test_retrievers_of_different_events_are_refused(tmp_path: Path) -> None:

@@ -233,16 +233,16 @@ def _difference(
     base: list[Predictions], mine: list[Predictions], task: str, j: int, metric: Any, replicates: int
 ) -> metrics.Difference | None:
     """What `mine` is better than `base`, over users and seeds; None where that cannot be said."""
-    if task == NEXT:
-        if not base[0].places.shape[1]:
-            return None
-        asked = ~np.isnan(mine[0].places[:, 0])
-        of_base, of_mine = (np.stack([p.places[asked, 0] for p in some]) for some in (base, mine))
-        return topk.paired_bootstrap(mine[0].users[asked], of_base, of_mine, metric, replicates)
-    if not base[0].probabilities.shape[1]:
-        return None
-    users, labels, scores = _scores(mine, j)
     try:
+        if task == NEXT:
+            if not base[0].places.shape[1]:
+                return None
+            asked = ~np.isnan(mine[0].places[:, 0])
+            of_base, of_mine = (np.stack([p.places[asked, 0] for p in some]) for some in (base, mine))
+            return topk.paired_bootstrap(mine[0].users[asked], of_base, of_mine, metric, replicates)
+        if not base[0].probabilities.shape[1]:
+            return None
+        users, labels, scores = _scores(mine, j)
         return metrics.paired_bootstrap(users, labels, _scores(base, j)[2], scores, metric, replicates)
     except InputError:  # too few users, or none with both classes: the metric stands without an interval
         return None
