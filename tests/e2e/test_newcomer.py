@@ -24,6 +24,18 @@ def test_infer_guesses_what_a_person_would(schema_file):
     assert (schema["user"], schema["item"], schema["time"]) == ("user_id", "item_id", "shown_at")
 
 
+def test_infer_reads_categories_as_their_text(log, schema_file, tmp_path, capsys):
+    """What pandas keeps as a categorical comes back from Parquet as a dictionary."""
+    table = pq.read_table(log)
+    for i, field in enumerate(table.schema):
+        if pa.types.is_string(field.type):
+            table = table.set_column(i, field.name, table.column(i).dictionary_encode())
+    assert any(pa.types.is_dictionary(kind) for kind in table.schema.types)
+    pq.write_table(table, tmp_path / "coded.parquet")
+    assert main(["schema", "infer", str(tmp_path / "coded.parquet")]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(schema_file.read_text())
+
+
 @pytest.mark.parametrize("unit", [1.0, 1e-3, 1e-6, 1e-9])
 def test_infer_tells_the_unit_of_times(tmp_path, unit, capsys):
     table = shop(0, 500)

@@ -74,13 +74,16 @@ def infer(rows: ParquetRows) -> tuple[Schema, list[str]]:
 
 
 def _sample(rows: ParquetRows) -> pa.Table:
+    """The first rows, categories of pandas as the text that they are."""
     pieces, count = [], 0
     for batch in rows.batches("train"):
         pieces.append(batch)
         count += batch.num_rows
         if count >= SAMPLE:
             break
-    return pa.Table.from_batches(pieces).combine_chunks()
+    table = pa.Table.from_batches(pieces)
+    plain = [f.with_type(f.type.value_type) if pa.types.is_dictionary(f.type) else f for f in table.schema]
+    return table.cast(pa.schema(plain)).combine_chunks()
 
 
 def _feature(name: str, column: pa.ChunkedArray) -> Feature | None:
@@ -94,10 +97,8 @@ def _feature(name: str, column: pa.ChunkedArray) -> Feature | None:
     if distinct < 2 or pa.types.is_nested(kind) or pa.types.is_binary(kind):
         return None
     note["note"] = f"{distinct:,} distinct values in {len(column):,} rows"
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind):
-        cut = (
-            next((s for s in "|;," if _share_with(column, s) > 0.5), None) if not pa.types.is_dictionary(kind) else None
-        )
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        cut = next((s for s in "|;," if _share_with(column, s) > 0.5), None)
         if cut:
             return MultiCategorical(name=name, separator=cut, **note)
         return Categorical(name=name, **note)
@@ -153,11 +154,8 @@ def _only(names: Iterable[str], pattern: re.Pattern[str], what: str, example: st
 
 
 def _codes(column: pa.ChunkedArray) -> np.ndarray:
-    if not pa.types.is_dictionary(column.type):
-        column = column.dictionary_encode(null_encoding="encode")
-    return np.concatenate(
-        [chunk.indices.to_numpy(zero_copy_only=False) for chunk in column.unify_dictionaries().chunks]
-    )
+    coded = column.dictionary_encode(null_encoding="encode").unify_dictionaries()
+    return np.concatenate([chunk.indices.to_numpy(zero_copy_only=False) for chunk in coded.chunks])
 
 
 def _constant_within(owner: np.ndarray, column: pa.ChunkedArray) -> bool:
