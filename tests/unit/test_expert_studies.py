@@ -165,6 +165,15 @@ def test_skipping_experts_leaves_predictions_as_they_are(trained: Path):
     np.testing.assert_allclose(found[0], found[1], atol=1e-5)
 
 
+@pytest.mark.parametrize(("masked", "by_expert"), [(5.0, 3.0), (3.0, 5.0)])
+def test_a_layer_is_compared_with_the_quicker_way_of_all_experts(
+    monkeypatch: pytest.MonkeyPatch, masked: float, by_expert: float
+):
+    taken = {"sparse": [1.0], "masked": [masked], "by expert": [by_expert], "dense": [0.5]}
+    monkeypatch.setattr(benchmark, "in_turn", lambda calls, rounds: {name: taken[name] for name in calls})
+    assert benchmark.one_layer(torch.randn(2, 4, 3), 8, 12, 0.5, 1) == {"speedup": 3, "share": 0.5}
+
+
 @pytest.mark.slow
 def test_the_benchmark_runs(cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     figure = tmp_path / "curves.png"
