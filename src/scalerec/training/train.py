@@ -178,6 +178,7 @@ class Training:
                     self._evaluate()
         if self.state.evaluated != self.state.step:
             self._evaluate()
+        self.state.seconds = time.monotonic() - began  # the last validation is part of training, as those before it
         self.state.finished = True
 
     def step(self, batch: Batch) -> dict[str, float]:
