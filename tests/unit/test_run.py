@@ -1,16 +1,22 @@
-"""Options of a run that do not go together are refused with what to set instead."""
+"""Options of a run that do not go together are refused with what to set instead; a resumed run logs no line twice."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from scalerec.config import override
+from scalerec.data.sources.synthetic import Synthetic
 from scalerec.errors import InputError
+from scalerec.models.dlrm_mlp import DLRMMLPConfig
 from scalerec.recipes.sequences import hstu_movielens_1m
-from scalerec.training.train import Training
+from scalerec.training.log import Log
+from scalerec.training.run import Run, TrainingConfig
+from scalerec.training.train import Training, train
 
 IN_BATCH = {"model.log_q": "true", "training.negatives.how": "in_batch", "training.negatives.distinct": "false"}
 
@@ -39,3 +45,34 @@ def test_a_task_that_cannot_be_measured_does_not_decide_when_to_stop() -> None:
     assert Training._value(run, {"a": {"log_loss": nan}, "b": {"log_loss": 0.4}}) == -0.4
     with pytest.raises(InputError, match=r"--training.select log_loss: no task can be measured"):
         Training._value(run, {"a": {"log_loss": nan}})
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("kept_before", [True, False])
+def test_an_evaluation_cut_short_is_in_the_log_once(
+    kept_before: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed once it was noted, with or without a checkpoint of the same step to begin from again."""
+    monkeypatch.setenv("SCALEREC_CACHE", str(tmp_path / "cache"))
+    settings = TrainingConfig(
+        tensorboard=False, threads=1, batch_size=500, epochs=2, save_every=3 if kept_before else 2, log_every=1
+    )
+    run = Run(name="run", data=Synthetic(rows=2_000), model=DLRMMLPConfig(hidden=(8,)), training=settings)
+    write = Log.write
+
+    def dies(log: Log, kind: str, step: int, *args: Any) -> None:
+        write(log, kind, step, *args)
+        if kind == "validation" and step == 3:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "write", dies)
+        with pytest.raises(Killed):
+            train(run, tmp_path / "run", quiet=True)
+    train(run, tmp_path / "run", resume=True, quiet=True)
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    found = [(line["step"], line["kind"]) for line in lines]
+    assert found == [(step, kind) for step in range(1, 7) for kind in ("train", "validation")[: 1 + (step % 3 == 0)]]

@@ -18,7 +18,7 @@ SHOWN = ("auc", "uauc", "log_loss", "calibration", "hr@10", "hr@50", "hr@200", "
 
 
 class Log:
-    """Writes to `folder`; `rewind(step)` forgets what a killed run wrote after the step it resumes from."""
+    """Writes to `folder`; `rewind` forgets what a killed run wrote after what it resumes from."""
 
     def __init__(self, folder: Path, *, quiet: bool = False, tensorboard: bool = True):
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,10 +76,11 @@ class Log:
             self.say(f"step {step}  {kind}  {task:<10} {line}")
         self._to_tensorboard(kind, step, values)
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, *, evaluated: bool) -> None:
+        """Back to what was kept at `step`, before or after the evaluation there."""
         self._purge_step = step + 1
         if self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines() if _step(line) <= step]
+            lines = [line for line in self.path.read_text().splitlines() if _before(line, step, evaluated)]
             write_atomically(self.path, "".join(line + "\n" for line in lines))
 
     def _to_tensorboard(self, kind: str, step: int, values: dict[str, Any]) -> None:
@@ -99,8 +100,9 @@ class Log:
                 self._writer.add_histogram(f"{kind}/{name}", np.array(value, dtype=np.float32), step)
 
 
-def _step(line: str) -> float:
+def _before(line: str, step: int, evaluated: bool) -> bool:
     try:
-        return json.loads(line)["step"]
+        entry = json.loads(line)
+        return entry["step"] < step or (entry["step"] == step and (evaluated or entry["kind"] != "validation"))
     except (json.JSONDecodeError, KeyError):
-        return float("inf")  # the half-written last line of a killed run
+        return False  # the half-written last line of a killed run

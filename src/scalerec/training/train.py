@@ -148,7 +148,7 @@ class Training:
         load_state_tensors(self.optimizers, tensors)
         self.state = State(**{**state, "position": Position(*state["position"])})
         self._point_to_best()
-        self.log.rewind(self.state.step)
+        self.log.rewind(self.state.step, evaluated=self.state.evaluated == self.state.step)
         self.log.say(f"resuming {self.run.name} from step {self.state.step}")
 
     # -- the loop
