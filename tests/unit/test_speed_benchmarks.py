@@ -88,6 +88,19 @@ def test_the_peers_get_the_ids_that_ours_gets(monkeypatch, tmp_path):
         assert len(found["scores"]) == table.num_rows and found["seconds"] > found["loading"] > 0
 
 
+def test_the_memory_of_a_step_is_read_before_its_flops_are_counted(monkeypatch):
+    peak = [100.0]
+
+    def takes(mib):
+        peak[0] = max(peak[0], mib)
+        return 5.0
+
+    monkeypatch.setattr(scaling, "peak_mib", lambda: peak[0])
+    monkeypatch.setattr(scaling, "model", lambda *_: (lambda: takes(300.0), 2, lambda: takes(900.0)))
+    found = scaling.point({"dim": 1}, rounds=1)
+    assert found["mib"] == 200 and found["flops_per_row"] == 2.5 and peak == [900]
+
+
 def test_a_point_of_the_scaling_figure(tmp_path):
     found = scaling.point({"table_rows": 100}, rounds=1)
     assert found["seconds_per_row"] > 0 and found["flops_per_row"] == 0
