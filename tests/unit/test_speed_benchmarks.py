@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import machine, scaling, training_step, turns
+from benchmarks import hstu_attention, machine, scaling, training_step, turns
 from benchmarks.peers import __main__ as peers
 from benchmarks.training_step import Case, Product, Watch, quickest
 from scalerec.models.rankmixer import RankMixerConfig
@@ -86,6 +86,23 @@ def test_the_peers_get_the_ids_that_ours_gets(monkeypatch, tmp_path):
     peers.ours(tmp_path / "data", torch.get_num_threads(), "fp32", tmp_path / "ours.npz")
     with np.load(tmp_path / "ours.npz") as found:
         assert len(found["scores"]) == table.num_rows and found["seconds"] > found["loading"] > 0
+
+
+def test_both_ways_of_attention_are_given_the_same(monkeypatch):
+    """A plan made beforehand on one side alone would save it the work on times that the other does in each call."""
+    compared = {}
+    monkeypatch.setattr(hstu_attention, "movielens_lengths", lambda: ([3, 5], "two"))
+    monkeypatch.setattr(hstu_attention, "step", lambda attention, inputs: (attention, set(inputs)))
+
+    def in_turns(name, first, second, repetitions):
+        compared[name] = (first, second)
+        return {name + end: 1.0 for end in ("", "_low", "_high")}
+
+    monkeypatch.setattr(hstu_attention, "in_turns", in_turns)
+    hstu_attention.jagged_share(1)
+    assert set(compared) == {"jagged_over_padded", "speedup_movielens"}
+    for (_, one), (_, other) in compared.values():
+        assert one == other
 
 
 def test_the_memory_of_a_step_is_read_before_its_flops_are_counted(monkeypatch):
