@@ -247,6 +247,18 @@ def test_in_batch_negatives_are_items_of_the_batch_each_as_likely():
     assert counts / 8000 == pytest.approx([0.25] * 4, abs=0.02)
 
 
+def test_in_batch_negatives_are_of_the_items_that_are_foreseen():
+    """Another feature of a row may share their table."""
+    candidate = LAYOUT.groups[1]
+    shown_before = FeatureLayout(name="shown_before", kind="id", width=2, tables=("item",))
+    groups = (LAYOUT.groups[0], candidate.model_copy(update={"features": (shown_before, *candidate.features[1:])}))
+    of = Layout(tables=LAYOUT.tables, groups=groups, tasks=LAYOUT.tasks)
+    batch = make_batch([0, 0])
+    batch = replace(batch, items=replace(batch.items, ids=torch.tensor([[4, 8], [5, 9]])))
+    found = Negatives(count=100, how="in_batch")(batch, of, random())
+    assert found.negatives is not None and set(found.negatives.tolist()) == {8, 9}
+
+
 def test_batch_without_known_items_draws_from_the_table():
     batch = make_batch([0, 0])
     batch = replace(batch, items=replace(batch.items, ids=torch.ones(2, 2, dtype=torch.long)))

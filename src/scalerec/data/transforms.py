@@ -134,7 +134,8 @@ class Negatives(Config):
 
 
 def _candidates(batch: Batch, layout: Layout, series: FeatureLayout) -> np.ndarray:
-    """The rows' items, as ids of the table of the events' items."""
-    items = layout.sides["item"].ids
-    column = next((j for j, feature in enumerate(items) if feature.tables[0] == series.tables[0]), None)
-    return np.empty(0, np.int64) if column is None else batch.items.ids[:, column].numpy()
+    """The rows' items, which models of the series foresee."""
+    names = [feature.name for feature in layout.sides["item"].ids]
+    if series.query[0] not in names:
+        return np.empty(0, np.int64)
+    return batch.items.ids[:, names.index(series.query[0])].numpy()
