@@ -101,12 +101,25 @@ def test_an_action_is_seen_from_the_next_event_on():
 
 
 @pytest.mark.parametrize("actions", ["interleaved", "additive"])
-def test_labels_of_rows_do_not_reach_their_scores(actions: Any):
+def test_labels_of_rows_do_not_reach_their_scores(actions: Any, monkeypatch: pytest.MonkeyPatch):
+    """In training, where they are at hand: flipped, they change what the scores are held against and no score."""
     model = awake(HSTUConfig(goal="ranking", actions=actions, **RESEARCH), layout())
     whole = batch([9, 5], new=[9, 5])
-    terms, flipped = (model.objective(b)["like"].weight for b in (whole, replace(whole, labels=1 - whole.labels)))
-    assert torch.equal(terms, flipped)
-    assert torch.equal(model(whole).logits, model(replace(whole, labels=1 - whole.labels)).logits)
+    logits, scored = model.logits, []
+
+    def noted(*args: Any) -> Tensor:
+        scored[-1].append(logits(*args))
+        return scored[-1][-1]
+
+    monkeypatch.setattr(model, "logits", noted)
+    terms = []
+    for labels in (whole.labels, 1 - whole.labels):
+        scored.append([])
+        terms.append(model.objective(replace(whole, labels=labels))["like"])
+    before, after = (torch.cat(parts) for parts in scored)
+    assert len(before) == terms[0].weight == (2 + 9 + 5 if actions == "interleaved" else 2)
+    assert torch.equal(before, after)
+    assert terms[0].sum != terms[1].sum
 
 
 def test_events_without_history_or_label_count_as_they_should():
