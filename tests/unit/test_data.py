@@ -24,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
+from scalerec import config
 from scalerec.batch import Batch
 from scalerec.data import loader as loader_module
 from scalerec.data import reader
@@ -136,6 +137,14 @@ def test_a_split_in_time_survives_json(cut, zone):
 def test_a_column_that_is_no_time_is_refused(column, cut, words):
     with pytest.raises(InputError, match=words):
         parts_of(TimeSplit(column="t", validation=cut, test=cut), column)
+
+
+def test_a_cut_that_is_no_time_is_refused_in_one_line():
+    split = {"kind": "time", "column": "t", "validation": "16.03.2024", "test": "2024-03-17"}
+    with pytest.raises(
+        InputError, match=r"validation: '16\.03\.2024' is no number and no ISO date or time .as in [-\d]+.$"
+    ):
+        config.parse(TimeSplit, split, "options")
 
 
 def test_a_split_by_a_column_that_is_not_there():
@@ -357,7 +366,9 @@ BROKEN = [empty, not_parquet, truncated, without_its_head, corrupt_pages]
 def test_a_broken_file_is_named(tmp_path, damage):
     files = write(tmp_path, 20, 20, 20)
     damage(files[1])
-    with pytest.raises(InputError, match=r"part-1\.parquet: not a readable Parquet file .*--skip-bad-shards"):
+    with pytest.raises(
+        InputError, match=r"part-1\.parquet: not a readable Parquet file .*--skip-bad-shards of `train`"
+    ):
         numbers(ParquetRows(files, NoSplit()).pieces("train"))
 
 

@@ -174,7 +174,10 @@ class ParquetRows:
     def _bad(self, file: Path, error: Exception) -> None:
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         if not self.skip_bad_shards:
-            raise InputError(f"{file}: not a readable Parquet file ({line}); repair it or pass --skip-bad-shards")
+            raise InputError(
+                f"{file}: not a readable Parquet file ({line}); repair it or take it out, as --skip-bad-shards of "
+                "`train` and `predict` does"
+            )
         self.counts[f"{file}: unreadable, left out"] = 1
 
 

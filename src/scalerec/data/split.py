@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from datetime import datetime, timezone
-from typing import Annotated, Literal, Union
+from typing import Annotated, Any, Literal, Union
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 
 from scalerec.errors import InputError
 from scalerec.features.hashing import hash_column, mix
@@ -19,7 +19,15 @@ Part = Literal["train", "validation", "test"]
 PARTS: tuple[Part, ...] = ("train", "validation", "test")
 _NAMES = "train, validation or test"
 
-Moment = Union[int, float, datetime]  # a date is its midnight
+
+def _number_or_time(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return read(value)
+    except ValidationError:  # one complaint for each of the types
+        raise ValueError(f"{value!r} is no number and no ISO date or time (as in 2024-03-16)") from None
+
+
+Moment = Annotated[Union[int, float, datetime], WrapValidator(_number_or_time)]  # a date is its midnight
 
 
 class TimeSplit(Frozen):
