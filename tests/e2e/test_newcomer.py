@@ -47,6 +47,52 @@ def test_infer_tells_the_unit_of_times(tmp_path, unit, capsys):
     assert f"shown_at: read as numbers of {unit:g} s each" in said.err
 
 
+def inferred(table, folder, capsys):
+    """The schema of a table, and the remarks by the column that they begin with."""
+    pq.write_table(table, folder / "log.parquet")
+    assert main(["schema", "infer", str(folder / "log.parquet")]) == 0
+    said = capsys.readouterr()
+    remarks = dict(line.split(": ", 1) for line in said.err.splitlines())
+    return json.loads(said.out), remarks
+
+
+def features(schema, side):
+    return {feature["name"] for group in schema["groups"] if group["side"] == side for feature in group["features"]}
+
+
+def test_infer_takes_what_is_constant_within_users_for_a_feature(tmp_path, capsys):
+    table = shop(0, 1_000)
+    member = pa.array((table["user_id"].to_numpy() % 3 == 0).tolist())
+    liked = pa.array(np.arange(1_000) % 7 == 0)
+    schema, remarks = inferred(table.add_column(0, "is_member", member).append_column("liked", liked), tmp_path, capsys)
+    assert [task["name"] for task in schema["tasks"]] == ["click", "liked"]
+    assert "is_member" in features(schema, "user")
+    assert "the same in all rows of each user" in remarks["is_member"]
+    assert remarks["tasks"].startswith("click, liked; a service ranks by the first one")
+    table = table.drop_columns(["is_click"]).append_column("is_member", member)
+    pq.write_table(table, tmp_path / "log.parquet")
+    assert main(["schema", "infer", str(tmp_path / "log.parquet")]) == 2
+    assert "is_member: the same in all rows of each user" in capsys.readouterr().err
+
+
+def test_infer_says_what_it_could_not_read(tmp_path, capsys):
+    table = shop(0, 1_000)
+    bought = pa.array(["yes" if n % 3 else "no" for n in range(1_000)])
+    moments = pa.array([f"16.03.2024 10:{n // 60:02}:{n % 60:02}" for n in range(1_000)])
+    table = table.set_column(table.column_names.index("shown_at"), "shown_at", moments)
+    table = table.append_column("is_bought", bought)
+    schema, remarks = inferred(table.append_column("request_id", pa.array(np.arange(1_000))), tmp_path, capsys)
+    assert "is_bought" not in features(schema, "user") | features(schema, "item")
+    assert remarks["is_bought"].startswith("left out: named like a label, but text")
+    assert remarks["request_id"].startswith("another value in nearly every row")
+    assert "item_id" not in remarks and schema["time"] is None
+    assert "split at random" in remarks["time"] and "named like a time, but text" in remarks["shown_at"]
+
+
+def test_infer_is_quiet_about_a_plain_log(tmp_path, capsys):
+    assert set(inferred(shop(0, 1_000), tmp_path, capsys)[1]) == {"shown_at", "groups", "tasks"}
+
+
 @pytest.mark.parametrize("recipe", ["rankmixer_parquet", "dcnv2_parquet", "dlrm_mlp_parquet"])
 def test_train_evaluate_predict(train, log, tmp_path, capsys, recipe):
     assert train(recipe=recipe) == 0

@@ -17,6 +17,7 @@ from scalerec.schema import Categorical, Feature, Group, MultiCategorical, Numer
 SAMPLE = 200_000  # rows looked at
 GROUP = 6  # features to a guessed group
 FAR = 1e10  # seconds since 1970 in the year 2286; milliseconds in April 1970
+NEARLY_ALL = 0.9  # of the rows: with so many values a column numbers the rows
 FEW = 30  # distinct whole numbers up to which a column is a category
 LABEL = re.compile(
     r"^(is_|has_|did_)|label|click|like|buy|bought|purchas|convert|target|finish|skip|follow|share", re.I
@@ -38,17 +39,25 @@ def infer(rows: ParquetRows) -> tuple[Schema, list[str]]:
     user = _only(names, USER, "user", "user_id")
     item = next((name for name in names if ITEM.search(name)), None)
     time = next((name for name in names if _is_time(table, name)), None)
-    labels = [name for name in names if LABEL.search(name) and _is_binary(table.column(name))]
+    owner = _codes(table.column(user))
+    named = [name for name in names if LABEL.search(name) and name not in (user, item, time)]
+    binary = [name for name in named if _is_binary(table.column(name))]
+    of_user = [name for name in binary if _constant_within(owner, table.column(name))]
+    labels = [name for name in binary if name not in of_user]
+    texts = [name for name in named if _is_text(table.column(name))]
+    remarks = [
+        *(f"{name}: the same in all rows of each user, so taken as a feature and not as a task" for name in of_user),
+        *(f"{name}: left out: named like a label, but text; to learn from it make it 0, 1 or null" for name in texts),
+    ]
     if not labels:
+        near = f" ({remarks[0]})" if remarks else ""
         raise InputError(
-            f"no column looks like a label (0 or 1, named like click or is_liked) among {', '.join(names[:30])}: "
+            f"no column looks like a label (0 or 1, named like click or is_liked) among {', '.join(names[:30])}{near}: "
             "rename one, or write the schema by hand (docs/data.md)"
         )
-    remarks = []
     sides: dict[Literal["user", "item"], list[Feature]] = {"user": [], "item": []}
-    owner = _codes(table.column(user))
     for name in names:
-        if name in (time, *labels):
+        if name in (time, *labels, *texts):
             continue
         column = table.column(name)
         feature = _feature(name, column)
@@ -57,6 +66,8 @@ def infer(rows: ParquetRows) -> tuple[Schema, list[str]]:
             continue
         if OUTCOME.search(name):
             remarks.append(f"{name}: known only after the row was shown? Then take it out, or the scores are too good")
+        if feature.kind == "categorical" and name != user and _is_unlike(column):
+            remarks.append(f"{name}: another value in nearly every row, of which nothing can be learned: take it out")
         side = "user" if name == user or (name != item and _constant_within(owner, column)) else "item"
         sides[side].append(feature)
     groups = [
@@ -68,8 +79,14 @@ def infer(rows: ParquetRows) -> tuple[Schema, list[str]]:
     if time is not None and not pa.types.is_temporal(table.column(time).type):
         unit = _time_unit(table.column(time))
         remarks.append(f"{time}: read as numbers of {unit:g} s each; another unit is `time_unit` in the schema")
+    if time is None:
+        for name in (name for name in names if TIME.search(name) and _is_text(table.column(name))):
+            remarks.append(f"{name}: named like a time, but text: convert it to a timestamp to have it read as one")
+        remarks.append("time: no column found: `time` is null, and without --data.split rows are split at random")
     remarks.append("groups: only cut into pieces of six; put together what belongs together")
     tasks = tuple(Task(name=re.sub(r"^(is|has|did)_", "", name), label=name) for name in labels)
+    found = ", ".join(task.name for task in tasks)
+    remarks.append(f"tasks: {found}; a service ranks by the first one, unless `export --fusion` says otherwise")
     return Schema(groups=tuple(groups), tasks=tasks, user=user, item=item, time=time, time_unit=unit), remarks
 
 
@@ -114,17 +131,25 @@ def _feature(name: str, column: pa.ChunkedArray) -> Feature | None:
     return None
 
 
+def _is_text(column: pa.ChunkedArray) -> bool:
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _is_unlike(column: pa.ChunkedArray) -> bool:
+    """Whether hardly two of the rows that have a value have the same."""
+    return pc.count_distinct(column).as_py() > NEARLY_ALL * (len(column) - column.null_count)
+
+
 def _share_with(column: pa.ChunkedArray, separator: str) -> float:
     return pc.mean(pc.match_substring(column, separator)).as_py() or 0.0
 
 
 def _is_binary(column: pa.ChunkedArray) -> bool:
-    if pa.types.is_boolean(column.type):
-        return True
-    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+    kind = column.type
+    if not (pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)):
         return False
-    values = pc.unique(column.drop_null()).to_pylist()
-    return set(values) == {0, 1}
+    return set(pc.unique(column.drop_null()).to_pylist()) == {0, 1}
 
 
 def _is_time(table: pa.Table, name: str) -> bool:
