@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from scalerec import config
+from scalerec import __version__, config
 from scalerec.errors import InputError
 from scalerec.serving import bench
 from scalerec.serving import command as serving
@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         "--allow", action="append", default=[], metavar="PACKAGE", help="let configurations name its classes"
     )
     parser = argparse.ArgumentParser("scalerec", description="Recommenders that get better as they get bigger.")
+    parser.add_argument("--version", action="version", version=f"scalerec {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     def add(name: str, run: Any, help: str, overridable: bool = True) -> argparse.ArgumentParser:
@@ -171,25 +172,29 @@ def _pair(change: str) -> tuple[str, str]:
 
 
 def data(options: argparse.Namespace) -> None:
-    from scalerec.data.reader import ParquetRows, count_parts
+    from scalerec.data.reader import ParquetRows, check_encoding, check_parts, count_parts
 
     run = _run(options.recipe, options.changes)
     prepared = run.data.prepare(_say)
-    parts = count_parts(ParquetRows.of(run.data, prepared), run.data.schema())
+    rows, schema = ParquetRows.of(run.data, prepared, skip_bad_shards=run.skip_bad_shards), run.data.schema()
+    parts = count_parts(rows, schema)
+    check_encoding(rows, schema)
     found = {
         "files": [str(file) for file in prepared.files],
         "parts": {part: {"rows": counts.rows, "positives": counts.positives} for part, counts in parts.items()},
         "notes": prepared.notes,
     }
     if options.json:
-        return print(json.dumps(found))
+        print(json.dumps(found))
+        return check_parts(parts)  # after what was found: the counts show what has to change
     table = Table("part", "rows", *(f"{task}" for task in parts["train"].positives))
     for part, counts in parts.items():
         shares = (f"{n / max(counts.counted[task], 1):.2%}" for task, n in counts.positives.items())
         table.add_row(part, f"{counts.rows:,}", *shares)
     out.print(table)
     for key, value in prepared.notes.items():
-        out.print(f"{key}: {value}", highlight=False, markup=False)
+        out.print(f"{key}: {value}", highlight=False, markup=False, soft_wrap=True)
+    check_parts(parts)
 
 
 def schema(options: argparse.Namespace) -> None:

@@ -66,6 +66,46 @@ def test_one_class_in_validation(train, log, complaint, tmp_path):
     assert not (tmp_path / "run/checkpoints").exists()
 
 
+def change(schema, of, **fields):
+    """Other fields for the one feature or task of this name."""
+    features = [feature for group in schema["groups"] for feature in group["features"]]
+    entry = next(entry for entry in (*features, *schema["tasks"]) if entry["name"] == of)
+    if fields.get("kind") == "numeric":
+        entry.clear()  # of the fields that other kinds have
+    entry.update({"name": of, **fields})
+
+
+WRONG = {
+    "feature": (lambda schema: change(schema, "price", column="prise"), ["no column 'prise'", "schema", "price"]),
+    "item": (lambda schema: schema.update(item="itemid"), ["no column 'itemid'", "schema", "item_id"]),
+    "time": (lambda schema: schema.update(time="seen_at"), ["'seen_at'"]),
+    "weight": (lambda schema: change(schema, "click", weight="w"), ["no column 'w'", "schema"]),
+    "label": (lambda schema: change(schema, "click", label="price"), ["row 0: label 'price' is", "must be 0 or 1"]),
+    "kind": (lambda schema: change(schema, "city", kind="numeric"), ["'city' is string, not a number"]),
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_data_finds_what_training_would(log, train, edit, complaint, mistake):
+    how, words = WRONG[mistake]
+    schema = edit(how)
+    data = ["--data.path", str(log), "--data.schema_file", schema]
+    complaint(main(["data", "dlrm_mlp_parquet", *data]), *words)
+    complaint(train(schema=schema), *words)
+
+
+def test_parts_that_cannot_be_used_are_still_shown(log, schema_file, capsys):
+    data = ["--data.path", str(log), "--data.schema_file", str(schema_file)]
+    cut = 1_700_000_000 + 60 * 2_700
+    split = {"kind": "time", "column": "shown_at", "validation": cut - 1, "test": cut - 0.5}
+    command = ["data", "dlrm_mlp_parquet", *data, "--data.split", json.dumps(split)]
+    for more, shown in ([], "2,700"), (["--json"], '"validation": {"rows": 0'):
+        assert main([*command, *more]) == 2
+        said = capsys.readouterr()
+        assert shown in said.out
+        assert said.err.strip().splitlines()[-1].startswith("scalerec: the validation part holds no rows")
+
+
 def test_nan_and_infinity_are_counted_and_read_as_missing(train, log, capsys, schema_file, tmp_path):
     price = pq.read_table(log)["price"].to_numpy().copy()
     price[:40], price[40:50] = np.nan, np.inf

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 from scalerec.data.source import Prepared, Source
 from scalerec.data.split import PARTS, ColumnSplit, NoSplit, Part, Split, TimeSplit, columns_of
 from scalerec.errors import InputError
-from scalerec.features.numeric import numbers
+from scalerec.features.encoder import Encoder
+from scalerec.features.numeric import numbers, zero_or_one
 from scalerec.schema import Schema
 
 PIECE_ROWS = 16_384
@@ -207,20 +208,54 @@ class PartCounts:
     positives: dict[str, int]  # by task, of these
 
 
+def check_columns(rows: ParquetRows, schema: Schema) -> None:
+    """InputError unless the first file has all columns that the schema names; of the others, reading says it."""
+    named = [*schema.input_columns(), *schema.label_columns(), schema.item, schema.time]
+    absent = next((column for column in named if column and column not in rows.columns), None)
+    if absent is not None:
+        raise InputError(
+            f"{rows.row_groups[0].file}: no column {absent!r}, which the schema names; "
+            f"it has {', '.join(rows.columns[:30])}"
+        )
+
+
+def check_encoding(rows: ParquetRows, schema: Schema) -> None:
+    """InputError unless the first training rows can be encoded as the schema says."""
+    columns = list(dict.fromkeys([*schema.input_columns(), *schema.label_columns()]))
+    piece = next((piece for piece in rows.pieces("train", columns) if piece.rows.num_rows), None)
+    if piece is None:
+        return
+    where = str(piece.group.file)
+    try:
+        encoder = Encoder.fit(schema, [piece.rows])
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    encoder.encode(piece.rows, index=piece.index, where=where, first=piece.group.file_first)
+
+
 def count_parts(rows: ParquetRows, schema: Schema) -> dict[Part, PartCounts]:
-    """Rows of each part, and by task those that count and the positive ones, from the label columns alone."""
+    """Rows of each part, and by task those that count and the positive ones, from the label columns alone.
+
+    Raises:
+        InputError: a column that the schema names is not there, a label is not 0, 1 or null.
+    """
+    check_columns(rows, schema)
     found: dict[Part, PartCounts] = {}
     for part in PARTS:
         total, counted = 0, {task.name: 0 for task in schema.tasks}
         positives = dict(counted)
-        for batch in rows.batches(part, schema.label_columns()):
+        for piece in rows.pieces(part, schema.label_columns()):
+            batch = piece.rows
             total += batch.num_rows
             for task in schema.tasks:
                 values = batch.column(task.column)
                 if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)
                         or pa.types.is_boolean(values.type) or pa.types.is_null(values.type)):  # fmt: skip
                     raise InputError(f"label {task.column!r} is {values.type}, must be 0 or 1")
-                label = values.cast(pa.float64()).to_numpy(zero_copy_only=False)
+                try:
+                    label = zero_or_one(values, task.column, piece.index - piece.group.file_first)
+                except InputError as error:
+                    raise InputError(f"{piece.group.file}, {error}") from None
                 counts = ~np.isnan(label)
                 for column in filter(None, (task.mask, task.weight)):
                     counts &= np.nan_to_num(numbers(batch.column(column), column)[0]) != 0

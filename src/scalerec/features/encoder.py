@@ -18,7 +18,15 @@ from scalerec.errors import InputError
 from scalerec.features.hashing import hash_column, mix
 from scalerec.features.layout import FeatureLayout, GroupLayout, Layout, Table
 from scalerec.features.lists import last, lists
-from scalerec.features.numeric import NumericFit, NumericStatistics, bucket, numbers, standardise, unix_seconds
+from scalerec.features.numeric import (
+    NumericFit,
+    NumericStatistics,
+    bucket,
+    numbers,
+    standardise,
+    unix_seconds,
+    zero_or_one,
+)
 from scalerec.features.sharing import share
 from scalerec.features.vocabulary import HashVocabulary, ValueCounts, Vocabulary
 from scalerec.schema import Categorical, Cross, Feature, Frozen, MultiCategorical, Numeric, Schema, Sequence
@@ -125,7 +133,7 @@ class Encoder:
                 multi[feature.name] = Jagged.from_lengths(self._past_ids(feature, columns), lengths)
                 if feature.actions:
                     of_event = np.repeat(number, lengths)
-                    labels = [_labels(columns[name], name, of_event) for name in feature.action_columns]
+                    labels = [zero_or_one(columns[name], name, of_event) for name in feature.action_columns]
                     stacked = np.stack(labels, 1).astype(np.float32)
                     actions[feature.name] = Jagged.from_lengths(torch.from_numpy(stacked), lengths)
             elif isinstance(feature, MultiCategorical):
@@ -224,7 +232,7 @@ class Encoder:
             return torch.zeros(rows.num_rows, 0), torch.zeros(rows.num_rows, 0)
         targets, weights = [], []
         for task in self.schema.tasks:
-            label = _labels(rows.column(task.column), task.column, number)
+            label = zero_or_one(rows.column(task.column), task.column, number)
             weight = np.ones(len(label)) if task.weight is None else numbers(rows.column(task.weight), task.weight)[0]
             if task.mask is not None:
                 weight = weight * (np.nan_to_num(numbers(rows.column(task.mask), task.mask)[0]) != 0)
@@ -334,15 +342,6 @@ def _collect(
                         flat, _ = lists(batch.column(feature.column(field)), feature.column(field))
                         counts[field.of].add(flat, feature.column(field))
     return counts, statistics
-
-
-def _labels(column: pa.Array, name: str, number: np.ndarray) -> np.ndarray:
-    """Labels [n], NaN where missing; InputError where one is not 0 or 1, with the number [n] of its row."""
-    label, _ = numbers(column, name)
-    wrong = np.flatnonzero(~np.isin(label, (0, 1)) & ~np.isnan(label))
-    if wrong.size:
-        raise InputError(f"row {number[wrong[0]]}: label {name!r} is {label[wrong[0]]:g}, must be 0 or 1")
-    return label
 
 
 def _check_order(name: str, times: np.ndarray, lengths: np.ndarray, now: np.ndarray | None, number: np.ndarray) -> None:

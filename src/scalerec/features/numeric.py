@@ -42,6 +42,15 @@ def numbers(column: pa.Array, name: str) -> tuple[np.ndarray, int]:
     return np.where(broken, np.nan, values), repaired
 
 
+def zero_or_one(column: pa.Array, name: str, number: np.ndarray) -> np.ndarray:
+    """Labels [n], NaN where missing; InputError where one is not 0 or 1, with the number [n] of its row."""
+    label, _ = numbers(column, name)
+    wrong = np.flatnonzero(~np.isin(label, (0, 1)) & ~np.isnan(label))
+    if wrong.size:
+        raise InputError(f"row {number[wrong[0]]}: label {name!r} is {label[wrong[0]]:g}, must be 0 or 1")
+    return label
+
+
 def seconds(column: pa.Array) -> pa.Array:
     """Timestamps and dates as seconds since 1970, numbers as they are."""
     if not (pa.types.is_timestamp(column.type) or pa.types.is_date(column.type)):
