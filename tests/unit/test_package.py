@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import scalerec
+from scalerec import cli
 
 ROOT = Path(scalerec.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -72,6 +73,7 @@ def seen():
     return dict(os.environ), list(warnings.filters), list(logging.getLogger().handlers), threading.active_count()
 before = seen()
 import scalerec
+from scalerec import cli
 assert seen() == before, "the environment, the warnings, the logging or the threads changed"
 heavy = {"torch", "numpy", "pyarrow", "pydantic", "matplotlib", "rich"} & set(sys.modules)
 assert not heavy, f"imported {sorted(heavy)}"
@@ -176,3 +178,9 @@ def test_a_private_import_is_found():
 def test_an_import_of_torchrec_is_found(source):
     assert imports(source, "torchrec")
     assert not imports(source, "torch")
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out == f"scalerec {scalerec.__version__}\n"
