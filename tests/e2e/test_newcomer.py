@@ -211,6 +211,23 @@ def test_slices_add_up(train, tmp_path, capsys):
     assert set(json.loads(capsys.readouterr().out.splitlines()[-1])) <= {"known", "new"}
 
 
+def test_slices_by_many_values_are_those_with_the_most_rows(train, tmp_path, capsys):
+    assert train() == 0
+    assert main(["evaluate", str(tmp_path / "run"), "--by", "item_id", "--json"]) == 0
+    by_item = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows = {item: tables["click"]["rows"] for item, tables in by_item.items()}
+    test = pq.read_table(tmp_path / "run/test.parquet")
+    assert len(rows) == 51 and sum(rows.values()) == test.num_rows
+    others = next(name for name in rows if name.endswith(" other values together"))
+    assert rows.pop(others) <= test.num_rows - 50 * min(rows.values())
+    items = pq.read_table(tmp_path / "shop.parquet")["item_id"].to_numpy()[test["row"].to_numpy()]
+    counts = np.unique(items, return_counts=True)[1]
+    assert others == f"{len(counts) - 50} other values together"
+    assert sorted(rows.values()) == sorted(counts)[-50:]
+    assert main(["evaluate", str(tmp_path / "run"), "--by", "item_id"]) == 0
+    assert f"item_id = {others}" in " ".join(capsys.readouterr().out.split()), "titles go on in the next line"
+
+
 def test_warm_start_keeps_ids_and_weights(train, tmp_path, capsys):
     """Yesterday's items keep their rows, today's are appended, and nothing is learned anew."""
     assert train(out="old") == 0

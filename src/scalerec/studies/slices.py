@@ -34,6 +34,8 @@ def evaluate_run(
 ) -> dict[str, dict[str, dict[str, float]]]:  # fmt: skip
     """Slice -> task -> metrics; without `by` the one slice is the part itself.
 
+    Of more than 50 values to slice by, those with the most rows are slices, and all others are one together.
+
     Raises:
         InputError: no checkpoint, files without the columns of its schema, a column to slice by that is not there, a
             `keep_rate` for a model without probabilities.
@@ -65,7 +67,11 @@ def evaluate_run(
     values = _values(rows, part, by, saved.encoder, predictions)
     found, counts = np.unique(values, return_counts=True)
     largest = found[np.sort(np.argsort(-counts, kind="stable")[:MOST_VALUES])]
-    return {str(value): tables_of(predictions, tasks, values == value) for value in largest}
+    tables = {str(value): tables_of(predictions, tasks, values == value) for value in largest}
+    if len(found) > len(largest):
+        rest = f"{len(found) - len(largest):,} other values together"
+        tables[rest] = tables_of(predictions, tasks, ~np.isin(values, largest))
+    return tables
 
 
 def _intervals(predictions: Predictions, j: int) -> dict[str, float]:
