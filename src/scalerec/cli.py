@@ -238,7 +238,9 @@ def describe(options: argparse.Namespace) -> None:
     table.add_row(
         "embedding parameters", f"{found['embedding_parameters']:,} ({found['embedding_bytes'] / 2**20:,.1f} MiB)"
     )
-    table.add_row(f"forward MACs, {found['rows']} rows of {found['users']} users", f"{found['forward_macs']:,}")
+    table.add_row(
+        f"forward MACs, {found['rows']} rows, {found['user_sides']} different user sides", f"{found['forward_macs']:,}"
+    )
     table.add_row("forward FLOPs (2 a MAC)", f"{found['forward_flops']:,}")
     table.add_row("training FLOPs (3 x forward)", f"{found['training_flops']:,}")
     table.add_row(

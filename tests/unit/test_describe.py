@@ -9,7 +9,7 @@ import torch
 
 from scalerec.batch import Batch
 from scalerec.models.sequential import SequentialModel
-from scalerec.studies.describe import impressions, session_cost
+from scalerec.studies.describe import figures, impressions, session_cost
 from tests.unit.sequences import DAY, batch, model_of
 
 LENGTHS, SLOW, NEW = [5, 0, 3, 8], [3, 2, 0, 4], [4, 0, 3, 2]
@@ -56,6 +56,13 @@ def test_each_target_has_what_was_before_it(goal: str) -> None:
     assert each.user.actions["events"].offsets.equal(each.user.lists["events"].offsets)
     cost = session_cost(model, whole)
     assert cost["targets"] == len(each) and cost["saving"] == model.flops(each) / model.flops(whole)
+
+
+def test_rows_are_counted_beside_their_different_user_sides() -> None:
+    """One user with three histories is three user sides."""
+    model, whole = model_of(), batch([5, 3, 2], [0, 0, 0, 1, 2])
+    found = figures(model, whole)
+    assert (found["rows"], found["user_sides"]) == (5, 3) and "users" not in found
 
 
 def test_rows_alone_save_nothing() -> None:

@@ -109,7 +109,7 @@ def figures(model: Model, batch: Batch) -> dict[str, Any]:
         "embedding_parameters": model.layout.embedding_parameters,
         "embedding_bytes": 4 * model.layout.embedding_parameters,
         "rows": len(batch),
-        "users": len(batch.user),
+        "user_sides": len(batch.user),  # computed once for equal ones: a user has one for each of its histories
         "forward_macs": flops // 2,
         "forward_flops": flops,
         "training_flops": 3 * flops,
