@@ -309,8 +309,6 @@ def predict(options: argparse.Namespace) -> None:
 
 
 def compare(options: argparse.Namespace) -> None:
-    from rich.markdown import Markdown
-
     from scalerec.studies.compare import compare as paired
     from scalerec.studies.report import markdown
 
@@ -328,7 +326,7 @@ def compare(options: argparse.Namespace) -> None:
     )
     if options.json:
         return print(json.dumps(found))
-    out.print(Markdown(markdown(found)))
+    out.print(studies.Folding(markdown(found)))
     _say(f"kept in {options.out}: report.md, report.json, report.png and every run")
 
 

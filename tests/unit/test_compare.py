@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 from scalerec.data.source import Source
 from scalerec.data.sources.sequences import Sequences
@@ -20,7 +25,9 @@ from scalerec.features.layout import Layout
 from scalerec.models.dlrm_mlp import DLRMMLPConfig
 from scalerec.models.hstu import HSTUConfig
 from scalerec.models.sasrec import SASRecConfig
+from scalerec.studies.commands import Folding
 from scalerec.studies.compare import _difference, compare
+from scalerec.training.log import Log
 from scalerec.training.run import Run, TrainingConfig
 
 LOG = Synthetic(rows=2_000)
@@ -41,6 +48,9 @@ def test_a_log_and_its_sequences_are_compared_row_by_row(tmp_path: Path) -> None
     shorter = run("shorter", Sequences(of=LOG, max_len=5, fields=("item_a_1",)))
     found = compare([ranking, sequences, shorter], tmp_path, seeds=1, replicates=20)
     assert found["test_rows"] == 400
+    written_report = (tmp_path / "report.md").read_text()
+    assert ", 1 seed. Differences" in written_report and "intervals over users alone;" in written_report
+    assert "±" not in written_report, "one seed has no spread"
     test = LOG.prepare().files
     labels = pa.concat_tables(pq.read_table(file, columns=["click"]) for file in test)["click"].to_pylist()[1_600:]
     assert found["best_reachable"]["click"]["auc"] > 0.7
@@ -64,6 +74,36 @@ def test_a_log_and_its_sequences_are_compared_row_by_row(tmp_path: Path) -> None
         pq.write_table(broken, tmp_path / "sequences/seed-0/test.parquet")
         with pytest.raises(InputError, match=f"sequences and ranking were not tested on the same rows: their {words}"):
             compare([ranking, sequences], tmp_path, seeds=1, replicates=20)
+
+
+def test_names_in_printed_tables_are_whole() -> None:
+    names = [f"recipe_of_a_long_name+model.layers={number}" for number in (1, 2)]
+    table = "| model | AUC | difference | NE | difference |\n|---|---:|---|---:|---|\n"
+    table += "".join(f"| {name} | 0.7123 ± 0.0012 | +0.12 [-0.34, +0.58] | 0.91 | +0.1 |\n" for name in names)
+    console = Console(width=60, record=True, file=io.StringIO())
+    console.print(Folding(table))
+    rows = [line[1:60].split("  ")[0].strip() for line in console.export_text().splitlines()]
+    assert all(name in "".join(rows) for name in names)
+
+
+def test_long_lines_of_progress_are_not_wrapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    option = "no --data.split: taking '" + json.dumps({"kind": "time", "validation": 1_700_162_000.0} | {"x": "y" * 99})
+    said = io.StringIO()
+    log = Log(tmp_path)
+    log.console = Console(width=40, file=said)
+    log.say(option)
+    assert said.getvalue() == option + "\n"
+    source = Synthetic(rows=2_000)
+
+    def prepare(self: Source, progress: Any = print) -> Any:
+        progress(option)
+        raise InputError("enough")
+
+    monkeypatch.setattr(Synthetic, "prepare", prepare)
+    monkeypatch.setenv("COLUMNS", "40")
+    with pytest.raises(InputError, match="enough"), contextlib.redirect_stderr(said):
+        compare([run("ranking", source)], tmp_path)
+    assert said.getvalue() == (option + "\n") * 2
 
 
 def test_runs_that_are_not_tested_on_the_same_rows_are_refused(tmp_path: Path) -> None:
@@ -98,7 +138,8 @@ def test_retrievers_are_compared_by_where_they_put_the_item(tmp_path: Path) -> N
     assert entry["values"] == pytest.approx(hits["sasrec"])
     assert entry["low"] <= entry["difference"] <= entry["high"]
     assert sum(hits["sasrec"]) / 2 - sum(hits["hstu"]) / 2 == pytest.approx(entry["difference"], abs=0.02)
-    assert "| model | HR@10 |" in (tmp_path / "report.md").read_text()
+    told = (tmp_path / "report.md").read_text()
+    assert "| model | HR@10 |" in told and ", 2 seeds. Differences" in told and " ± " in told
     assert (tmp_path / "report.png").exists()
 
 

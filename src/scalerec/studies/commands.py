@@ -9,9 +9,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.markdown import Markdown, TableElement
+from rich.table import Table
+
 from scalerec.errors import InputError
 
 Add = Callable[..., argparse.ArgumentParser]  # (name, run, help, overridable) -> the command's parser
+
+
+class _FoldingTable(TableElement):
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for table in super().__rich_console__(console, options):
+            assert isinstance(table, Table)
+            for column in table.columns:
+                column.overflow = "fold"
+            yield table
+
+
+class Folding(Markdown):
+    """Markdown in whose tables long names go on in the next line: cut, variants of one recipe would look the same."""
+
+    elements = {**Markdown.elements, "table_open": _FoldingTable}
 
 
 def add_skew(add: Add) -> None:
@@ -106,15 +125,12 @@ def _weights(text: str) -> dict[str, float]:
 
 
 def _tell(found: dict[str, Any], markdown: Callable, write: Callable, options: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.markdown import Markdown
-
     if options.out is not None:
         write(found, options.out)
     if options.json:
         print(json.dumps(found))
         return
-    Console().print(Markdown(markdown(found)))
+    Console().print(Folding(markdown(found)))
     if options.out is not None:
         print(f"kept in {options.out}: {', '.join(sorted(path.name for path in options.out.iterdir()))}",
               file=sys.stderr)  # fmt: skip

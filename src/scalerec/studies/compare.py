@@ -57,19 +57,19 @@ def compare(
         raise InputError(
             f"--reference: LightGBM ranks by tasks, and {first.name} reads a log without any: leave it out"
         )
-    console = Console(stderr=True)
+    say = partial(Console(stderr=True).print, highlight=False, markup=False, soft_wrap=True)
     for run in runs:  # once, before any worker
-        run.data.prepare(lambda message: console.print(message, highlight=False, markup=False))
+        run.data.prepare(say)
     children = _Children()
     jobs = [
-        partial(_train, run, seed, out / run.name / f"seed-{seed}", workers, console, children)
+        partial(_train, run, seed, out / run.name / f"seed-{seed}", workers, say, children)
         for run in runs
         for seed in range(seeds)
     ]
     if with_reference:
         names.append("lightgbm")
         folders = [out / "lightgbm" / f"seed-{seed}" for seed in range(seeds)]
-        jobs += [partial(_reference, first, folder, seed, console) for seed, folder in enumerate(folders)]
+        jobs += [partial(_reference, first, folder, seed, say) for seed, folder in enumerate(folders)]
     _run_all(jobs, workers, children)
     tasks = [task.name for task in first.data.schema().tasks]
     results = {name: [_read(out / name / f"seed-{seed}") for seed in range(seeds)] for name in names}
@@ -150,7 +150,7 @@ def _run_all(jobs: Sequence[Callable[[], None]], workers: int, children: _Childr
             raise
 
 
-def _train(run: Run, seed: int, folder: Path, workers: int, console: Console, children: _Children) -> None:
+def _train(run: Run, seed: int, folder: Path, workers: int, say: Callable[[str], None], children: _Children) -> None:
     """Train one run unless it is finished; a cut one is resumed, another run in its place is an error."""
     run = override(run, {"training.seed": str(seed)})
     if (folder / "metrics.json").exists():
@@ -159,7 +159,7 @@ def _train(run: Run, seed: int, folder: Path, workers: int, console: Console, ch
     resume = bool(checkpoint.saved(folder))
     if not resume and folder.exists():
         _clear(folder)
-    console.print(f"{'resuming' if resume else 'training'} {run.name}, seed {seed}", highlight=False)
+    say(f"{'resuming' if resume else 'training'} {run.name}, seed {seed}")
     if workers == 1:
         train(run, folder, resume=resume)
         return
@@ -184,9 +184,9 @@ def _clear(folder: Path) -> None:
                 path.unlink()
 
 
-def _reference(run: Run, folder: Path, seed: int, console: Console) -> None:
+def _reference(run: Run, folder: Path, seed: int, say: Callable[[str], None]) -> None:
     if not (folder / "metrics.json").exists():
-        console.print(f"training lightgbm, seed {seed}", highlight=False)
+        say(f"training lightgbm, seed {seed}")
         found = reference.train(run, folder, seed)
         checkpoint.write_atomically(folder / "metrics.json", json.dumps(found, indent=1))
 

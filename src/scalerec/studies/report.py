@@ -34,10 +34,11 @@ def write(found: dict[str, Any], out: Path) -> None:
 
 def markdown(found: dict[str, Any]) -> str:
     """One table per task; differences are to the first model, with 95 % intervals over users and seeds."""
+    seeds, over = (f"{found['seeds']} seeds", "users and seeds") if found["seeds"] > 1 else ("1 seed", "users alone")
     lines = [f"# {', '.join(model['name'] for model in found['models'])}", ""]
     lines += [
-        f"{found['test_rows']:,} test rows of {found['test_users']:,} users, {found['seeds']} seeds. Differences are "
-        f"to {found['reference']}, in points of 1/100, with 95 % intervals over users and seeds; "
+        f"{found['test_rows']:,} test rows of {found['test_users']:,} users, {seeds}. Differences are "
+        f"to {found['reference']}, in points of 1/100, with 95 % intervals over {over}; "
         "where the interval holds zero the difference is *not resolved*.",
     ]
     if found["test_rows"] < SMALL_TEST:
@@ -62,7 +63,9 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def _cells(entry: dict[str, Any]) -> tuple[str, str]:
-    value = f"{entry['mean']:.4f} ± {entry['spread']:.4f}"
+    value = f"{entry['mean']:.4f}"
+    if len(entry["values"]) > 1:
+        value += f" ± {entry['spread']:.4f}"
     if "difference" not in entry:
         return value, ""
     change = f"{100 * entry['difference']:+.2f} [{100 * entry['low']:+.2f}, {100 * entry['high']:+.2f}]"

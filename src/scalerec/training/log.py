@@ -42,7 +42,7 @@ class Log:
             self._writer.close()
 
     def say(self, message: str) -> None:
-        self.console.print(message, highlight=False, markup=False)
+        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def counts(self, counts: Counter[str]) -> None:
         """Everything that was dropped, repaired or unknown, once."""
