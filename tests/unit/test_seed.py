@@ -19,11 +19,15 @@ from scalerec.data.sources.sequences import Sequences
 from scalerec.data.split import TimeSplit
 from scalerec.errors import InputError
 from scalerec.features import history
+from scalerec.models import dcnv2
 from scalerec.schema import Schema
 from scalerec.serving.events import Event
-from scalerec.serving.seed import _with_columns, seed_from
+from scalerec.serving.seed import _renewed, seed_from, write_state
 from scalerec.serving.store import Store, open_store
 from scalerec.serving.tables import UserTable
+from tests.contract import world
+from tests.contract.world import row
+from tests.unit.bundles import saved_run
 from tests.unit.stores import LISTS, SCHEMA
 
 USERS, ROWS, VALIDATION, TEST = 6, 160, 60, 80
@@ -76,12 +80,12 @@ def goes_on(store: Store, data: Source) -> int:
     """Each row of the test by time: its lists in training's files are what the store gives; then it happens."""
     schema, compared = data.schema(), 0
     lists = [column for sequence in schema.sequences for column in sequence.list_columns()]
-    for number, row in enumerate(rows_of_test(data)):
-        if row["user"] is None:
+    for number, logged in enumerate(rows_of_test(data)):
+        if logged["user"] is None:
             continue
-        state = store.history(row["user"], before=row["time"])
-        assert history.as_columns(state, schema) == {column: row[column] for column in lists}
-        store.append([Event(str(number), row["user"], row)])
+        state = store.history(logged["user"], before=logged["time"])
+        assert history.as_columns(state, schema) == {column: logged[column] for column in lists}
+        store.append([Event(str(number), logged["user"], logged)])
         compared += len(lists)
     return compared
 
@@ -128,6 +132,20 @@ def test_only_until_a_time(tmp_path: Path) -> None:
     nothing = open_store("memory:", SCHEMA)
     seed_from(data, nothing, until="1969-01-01")
     assert nothing.users() == []
+
+
+def test_files_may_write_moments_in_different_zones(tmp_path: Path) -> None:
+    rows = history.replay(SCHEMA, log(True))
+    data, store, expected = source(tmp_path, rows), open_store("memory:", SCHEMA), open_store("memory:", SCHEMA)
+    seed_from(data, expected)
+    for part, zone in enumerate(("Europe/Berlin", "UTC")):
+        moments = rows["time"].cast(pa.timestamp("ms" if part else "us", zone))
+        zoned = rows.set_column(rows.column_names.index("time"), "time", moments)
+        pq.write_table(zoned.slice(part * ROWS // 2, ROWS // 2), tmp_path / f"log-{part}.parquet")
+    seed_from(data.model_copy(), store)
+    assert store.users() == expected.users() != []
+    for user in store.users():
+        assert store.history(user) == expected.history(user)
 
 
 def test_sequences_are_filled_from_the_log_that_they_are_of(tmp_path: Path) -> None:
@@ -229,12 +247,62 @@ def test_a_table_without_its_ids_or_unreadable_is_refused(tmp_path: Path) -> Non
     assert UserTable(pa.table({"user": pa.array([], pa.string())}), "user").row("a") == {}
 
 
-def test_a_second_run_s_columns_of_users_join_those_of_the_first():
-    first = pa.table({"user": [3, 1, 2], "city": ["c", "a", "b"]})
-    second = pa.table({"user": [1, 3], "city": ["x", "y"], "likes": [[1], [3, 4]]})
-    found = _with_columns(first, second, "user")
-    assert found.to_pylist() == [
-        {"user": 3, "city": "c", "likes": [3, 4]},
-        {"user": 1, "city": "a", "likes": [1]},
-        {"user": 2, "city": "b", "likes": None},
+# -- a folder for a service
+
+
+def exported(folder: Path, name: str, rows: list[dict[str, Any]]) -> Path:
+    """A run of the contract world's schema, whose state is in `folder`/state."""
+    run = saved_run(folder / name, dcnv2.tiny(), pa.RecordBatch.from_pylist(rows))
+    write_state(run, folder / "state", lambda message: None)
+    return next((folder / "state").iterdir())
+
+
+def test_a_later_run_s_users_replace_their_rows_and_histories_stay(tmp_path: Path) -> None:
+    log = [row(user, number) for number in range(4) for user in range(6)]
+    held = exported(tmp_path, "first", log)
+    store = open_store(f"lmdb:{held}", world.SCHEMA)
+    events = {user: store.history(user) for user in store.users()}
+    store.close()
+    more = [{**row(user, 9), "city": "moved"} for user in range(4, 8)]
+    assert exported(tmp_path, "second", more) == held
+    users = UserTable.load(held / "users.parquet", "user")
+    assert len(users) == 8  # u4 and u5 in one row each
+    assert [users.row(f"u{user}")["city"] == "moved" for user in range(8)] == [False] * 4 + [True] * 4
+    assert users.row("u1")["age"] == row(1, 3)["age"]
+    store = open_store(f"lmdb:{held}", world.SCHEMA)
+    assert events and {user: store.history(user) for user in store.users()} == events
+    store.close()
+    assert [file.name for file in held.glob(".building*")] == []
+
+
+def test_what_only_the_file_knows_stays(tmp_path: Path) -> None:
+    old = pa.table({"user": [3, 1, 2], "city": ["c", "a", "b"], "age": [30, 10, 20]})
+    pq.write_table(old, tmp_path / "users.parquet")
+    new = pa.table({"user": [1, 4], "city": pa.array(["x", "y"]).dictionary_encode(), "likes": [[1], [3, 4]]})
+    assert _renewed(tmp_path / "users.parquet", new, "user").to_pylist() == [
+        {"user": 1, "city": "x", "likes": [1], "age": 10},
+        {"user": 4, "city": "y", "likes": [3, 4], "age": None},
+        {"user": 3, "city": "c", "likes": None, "age": 30},
+        {"user": 2, "city": "b", "likes": None, "age": 20},
     ]
+    with pytest.raises(InputError, match=r"holds other types than this run .*city.* new --state folder"):
+        _renewed(tmp_path / "users.parquet", pa.table({"user": [1], "city": [7]}), "user")
+
+
+def test_a_state_that_failed_leaves_nothing_and_is_repeated(tmp_path: Path, monkeypatch) -> None:
+    log = [row(user, number) for number in range(4) for user in range(6)]
+
+    def broken(*of: Any, **more: Any) -> Any:
+        raise InputError("the log broke")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("scalerec.serving.seed.seed", broken)
+        with pytest.raises(InputError, match="the log broke"):
+            exported(tmp_path, "first", log)
+    assert list((tmp_path / "state").rglob("*")) == []
+    held = exported(tmp_path, "again", log)
+    with monkeypatch.context() as patched:  # what was there already stays
+        patched.setattr("scalerec.serving.seed.os.replace", broken)
+        with pytest.raises(InputError, match="the log broke"):
+            exported(tmp_path, "second", log)
+    assert (held / "users.parquet").is_file() and not list(held.glob(".building*"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -79,36 +80,60 @@ def seed_from(
 def write_state(run: str | Path, folder: str | Path, progress: Callable[[str], None]) -> dict[str, Any]:
     """What `serve --state FOLDER` starts from: the histories of a run's log in LMDB, and users.parquet beside them.
 
-    Runs that keep the same histories share them: where they are there already, they stay as they are.
+    Runs that keep the same histories share them: where they are there already, they stay as they are, since a service
+    may be adding to them. users.parquet takes this run's rows. What fails can be repeated.
     """
     found = checkpoint.best(Path(run))
     schema = Encoder.load(found).schema
     where = place(folder, identity(schema))
     users = where / "users.parquet"
     building = users.with_name(".building-users.parquet")
-    if users.exists():
-        progress(f"{where}: histories of this kind are there already and stay as they are")
-        pq.write_table(_with_columns(pq.read_table(users), user_rows(found), schema.user), building, compression="zstd")
-        os.replace(building, users)
-        return {"state": str(folder)}
-    store = open_store(f"lmdb:{where}", schema)
+    is_new = not where.exists()
+    written: dict[str, Any] = {"state": str(folder)}
     try:
-        # Read and written first: histories that are filled, beside no users, would be served as if nobody had columns.
-        pq.write_table(user_rows(found), building, compression="zstd")
-        counts = seed(found, store, progress=progress)
-    finally:
-        store.close()
-    os.replace(building, users)
-    return {"state": str(folder), "users": counts["users"], "events": counts["events"]}
+        if users.exists():
+            progress(f"{where}: histories are there already and stay as they are; users.parquet takes this run's rows")
+            rows = _renewed(users, user_rows(found), schema.user)
+            pq.write_table(rows, building, compression="zstd")
+        else:
+            store = open_store(f"lmdb:{where}", schema)
+            try:
+                # Written first: histories that are filled, beside no users, would be served as if nobody had columns.
+                pq.write_table(user_rows(found), building, compression="zstd")
+                counts = seed(found, store, progress=progress)
+            finally:
+                store.close()
+            written |= {"users": counts["users"], "events": counts["events"]}
+        os.replace(building, users)
+    except BaseException:
+        building.unlink(missing_ok=True)
+        if is_new:  # what is there already may be a service's
+            shutil.rmtree(where, ignore_errors=True)
+        raise
+    return written
 
 
-def _with_columns(users: pa.Table, others: pa.Table, user: str) -> pa.Table:
-    """The rows of users with what only `others` know of them: another run may read more of its users than the first."""
-    at = pc.index_in(whole(users.column(user)), whole(others.column(user)))
-    for name in others.column_names:
-        if name not in users.column_names:
-            users = users.append_column(name, whole(others.column(name)).take(at))
-    return users
+def _renewed(users: Path, rows: pa.Table, user: str) -> pa.Table:
+    """The rows of a new run, and what only the file knows: of other users, and in columns that the run does not read.
+
+    Runs of several schemas share a file, so one's columns are not taken away with another's export.
+    """
+    held = pq.read_table(users)
+    old, new = (pa.table({name: whole(one.column(name)) for name in one.column_names}) for one in (held, rows))
+    try:
+        types = pa.unify_schemas([new.schema, old.schema], promote_options="permissive")
+        old, new = (one.cast(pa.schema([types.field(name) for name in one.column_names])) for one in (old, new))
+    except pa.ArrowException as error:
+        raise InputError(
+            f"{users}: holds other types than this run ({str(error).splitlines()[0]}): export into a new --state folder"
+        ) from None
+    ids, known = whole(old.column(user)), whole(new.column(user))
+    at = pc.index_in(known, ids)
+    for name in old.column_names:
+        if name not in new.column_names:
+            new = new.append_column(name, whole(old.column(name)).take(at))
+    others = old.filter(pc.invert(pc.is_in(ids, known)))
+    return pa.concat_tables([new, others], promote_options="permissive")
 
 
 class _Log(NamedTuple):
@@ -174,7 +199,7 @@ class _Log(NamedTuple):
                 if listed is not None:  # the lists say it of users who are in the log
                     there = pc.is_in(before.column(self.schema.user), whole(listed.column(self.schema.user)))
                     before = before.filter(pc.invert(there))
-                rows = pa.concat_tables([before, rows], promote_options="permissive")
+                rows = _together([before, rows])
             found = _replayed(rows, self.schema, dict(found))
         for user, entries in found:
             past = _past(entries, self.schema)
@@ -188,7 +213,7 @@ def _read(files: ParquetRows, columns: list[str], split: Split) -> tuple[pa.Tabl
     for piece in files.pieces("train", list(dict.fromkeys([*columns, *columns_of(split)]))):
         tables.append(pa.table({name: whole(pa.chunked_array([piece.rows.column(name)])) for name in columns}))
         parts.append(split.part_of(piece.rows, int(piece.index[0])))
-    return pa.concat_tables(tables, promote_options="permissive"), np.concatenate(parts)
+    return _together(tables), np.concatenate(parts)
 
 
 def _rows_at(files: ParquetRows, columns: list[str], at: np.ndarray) -> pa.Table:
@@ -197,7 +222,22 @@ def _rows_at(files: ParquetRows, columns: list[str], at: np.ndarray) -> pa.Table
     for piece in files.pieces("train", columns):
         rows = pa.Table.from_batches([piece.rows]).select(columns).filter(pa.array(np.isin(piece.index, at)))
         tables.append(pa.table({name: whole(rows.column(name)) for name in columns}))
-    return pa.concat_tables(tables, promote_options="permissive")
+    return _together(tables)
+
+
+def _together(tables: list[pa.Table]) -> pa.Table:
+    """Tables one below the other, moments in UTC without zone, as stores keep them: files may differ in their zones."""
+    plain = [
+        table.cast(pa.schema([field.with_type(_without_zone(field.type)) for field in table.schema]))
+        for table in tables
+    ]  # fmt: skip
+    return pa.concat_tables(plain, promote_options="permissive")
+
+
+def _without_zone(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_list(kind):
+        return pa.list_(_without_zone(kind.value_type))
+    return pa.timestamp(kind.unit) if pa.types.is_timestamp(kind) else kind
 
 
 def _begins(rows: pa.Table, schema: Schema) -> np.ndarray:
