@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from scalerec.errors import InputError
+from scalerec.inference.catalogue import Catalogue
 from scalerec.inference.engine import Ask, Engine
 from scalerec.models import dcnv2, dlrm_mlp, hstu, rankmixer, sasrec
 from tests.contract.world import ITEMS, SCHEMA, USERS, make_world, row
@@ -108,6 +110,26 @@ def test_unknown_items_and_columns_of_the_request(world, kind):
     ):
         found = engine.rank([ask])[0].scores
         np.testing.assert_allclose(found, by_training(engine, ask, logged(ask, int(ask.user[1:]), views)), atol=2e-6)
+
+
+@pytest.mark.parametrize("price", [12.5, 12, 12.345])
+def test_numbers_of_a_request_go_beside_decimals_of_the_log(world, price):
+    engine = engine_of(world, MODELS["rankmixer"])
+    ask = asked(2, [99, 5, 6], own=[{"price": price}, {}, {"price": None}])
+    table = engine.catalogue.table
+    prices = table["price"].cast(pa.decimal128(6, 2))
+    rounded = table.set_column(table.column_names.index("price"), "price", prices.cast(pa.float64()))
+    engine.catalogue = Catalogue(engine.bundle.encoder, rounded)
+    expected = engine.rank([ask])[0].scores
+    decimals = rounded.set_column(table.column_names.index("price"), "price", prices)
+    engine.catalogue = Catalogue(engine.bundle.encoder, decimals)
+    np.testing.assert_allclose(engine.rank([ask])[0].scores, expected, atol=2e-6)
+    found = engine.raw([ask])["price"].to_pylist()
+    assert float(found[0]) == price and found[2] is None
+    if price == 12.5:  # as the log writes it: where a price is a category, it is its text
+        assert str(found[0]) == "12.50" and isinstance(found[1], Decimal)
+    with pytest.raises(InputError, match="price"):
+        engine.rank([ask._replace(own=[{"price": "dear"}, {}, {}])])
 
 
 def test_raw_rows_are_those_of_a_log(world):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,7 +97,8 @@ class Catalogue:
             known = values.take(pa.array(asked.request))
         if asked.own is None or not any(name in row for row in asked.own):
             return known
-        return column_of(name, [row.get(name, value) for row, value in zip(asked.own, known.to_pylist())])
+        values = [row.get(name, value) for row, value in zip(asked.own, known.to_pylist())]
+        return _with_decimals(name, values, known.type) if pa.types.is_decimal(known.type) else column_of(name, values)
 
 
 def _features(schema: Schema, within: Collection[str] | None = None) -> list[str]:
@@ -151,3 +153,11 @@ def column_of(name: str, values: list[Any]) -> pa.Array:
         return pa.array(values)
     except (pa.ArrowException, OverflowError):
         raise InputError(f"column {name!r}: values of one kind are needed, whole numbers within 64 bits") from None
+
+
+def _with_decimals(name: str, values: list[Any], kind: pa.DataType) -> pa.Array:
+    """The log's decimals beside numbers of a request: as the log's, since a category is its text, or all as floats."""
+    try:
+        return pa.array([Decimal(str(v)) if type(v) in (int, float) else v for v in values], kind)
+    except pa.ArrowException:  # more digits than the log's have
+        return column_of(name, [float(v) if isinstance(v, Decimal) else v for v in values])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mimetypes
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -228,8 +229,13 @@ async def _whole(request: Request, limits: Limits) -> bytes:
 
 
 def _json(answer: Any, status: int = 200) -> Response:
-    content = orjson.dumps(answer, default=str)
+    content = orjson.dumps(answer, default=_plain)
     return Response(content, status, headers=NO_STORE, media_type="application/json")
+
+
+def _plain(value: Any) -> float | str:
+    """Decimals as numbers, which is how requests bring them; anything else that JSON has no word for as text."""
+    return float(value) if isinstance(value, Decimal) else str(value)
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
