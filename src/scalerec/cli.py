@@ -331,23 +331,28 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def export(options: argparse.Namespace) -> None:
+    from scalerec.inference.bundle import check_new
     from scalerec.inference.bundle import export as write
     from scalerec.serving.states import is_folder
 
     if options.state and not is_folder(options.state):
         raise InputError(f"--state {options.state}: name a folder; other stores are filled in Python (docs/state.md)")
     fusion = serving.shares(options.fusion, "--fusion")
-    bundle = write(options.run_folder, options.out, name=options.name, fusion=fusion or None)
-    found = {"bundle": str(bundle.folder), "name": bundle.name, "version": bundle.version, "items": len(bundle.items)}
-    if options.state:
+    check_new(options.out)
+    state: dict[str, Any] = {}
+    if options.state:  # first: it can be written again, a bundle cannot, so that what fails here can be repeated
         from scalerec.serving.seed import write_state
 
-        found |= write_state(options.run_folder, options.state, _say)
+        state = write_state(options.run_folder, options.state, _say)
+    bundle = write(options.run_folder, options.out, name=options.name, fusion=fusion or None)
+    found = {"bundle": str(bundle.folder), "name": bundle.name, "version": bundle.version, "items": len(bundle.items)}
+    found |= state
     if options.json:
         return print(json.dumps(found))
     _say(f"{found['name']} {found['version']}, {found['items']:,} items; proved against its own golden sample")
-    state = f" --state {options.state}" if options.state else ""
-    out.print(f"scalerec serve {options.out}{state}", highlight=False, markup=False, soft_wrap=True)
+    more = f" --state {options.state}" if options.state else ""
+    more += "".join(f" --allow {package}" for package in config.allowed())
+    out.print(f"scalerec serve {options.out}{more}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _tables(tables: dict[str, dict[str, float]], title: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ import pytest
 
 from scalerec import checkpoint
 from scalerec.cli import main
+from scalerec.errors import InputError
 from tests.e2e.conftest import shop
 
 
@@ -261,6 +263,28 @@ def test_a_training_that_has_not_begun_is_not_evaluated(train, tmp_path, complai
         state = json.loads((folder / "state.json").read_text())
         (folder / "state.json").write_text(json.dumps(state | {"step": 0}))
     complaint(main(["evaluate", str(run)]), "nothing is trained yet", "--resume")
+
+
+def test_an_export_that_failed_is_repeated(train, complaint, tmp_path, monkeypatch):
+    assert train() == 0
+    bundle, state = tmp_path / "bundle", tmp_path / "state"
+    command = ["export", str(tmp_path / "run"), "--out", str(bundle), "--state", str(state)]
+
+    def broken(*of, **more):
+        raise InputError("the log broke")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("scalerec.serving.seed.seed", broken)
+        complaint(main(command), "the log broke")
+    assert not bundle.exists() and not list(state.rglob("*"))
+    with monkeypatch.context() as patched:
+        patched.setattr("scalerec.inference.bundle.golden.record", broken)
+        complaint(main(command), "the log broke")
+    assert not bundle.exists() and list(state.glob("*/users.parquet"))
+    assert main(command) == 0 and (bundle / "manifest.json").exists()
+    shutil.rmtree(state)
+    complaint(main(command), "bundle: already there")
+    assert not state.exists()
 
 
 def test_prediction_over_existing_scores(train, log, tmp_path, complaint):

@@ -261,9 +261,26 @@ def test_a_model_of_ones_own(log, schema_file, tmp_path, capsys, monkeypatch):
     assert main(["evaluate", str(tmp_path / "fm"), "--allow", "examples", "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["test"]["click"]["auc"] > 0.55
+    assert main(["export", str(tmp_path / "fm"), "--out", str(tmp_path / "bundle")]) == 0
+    assert capsys.readouterr().out == f"scalerec serve {tmp_path / 'bundle'} --allow examples\n"
     compared = ["compare", recipe, f"{recipe}+model.rank=4", "--seeds", "1", "--workers", "2"]
     options = ["--out", str(tmp_path / "c"), "--training.tensorboard", "false", "--data", data]
     assert main([*compared, *options]) == 0, "processes of their own are allowed the package too"
+
+
+def test_files_with_times_of_two_zones_are_exported(train, log, tmp_path):
+    rows = pq.read_table(log)
+    (tmp_path / "log").mkdir()
+    for part, zone in enumerate(("Europe/Berlin", "UTC")):
+        half = rows.slice(part * len(rows) // 2, len(rows) // 2)
+        moments = half["shown_at"].cast(pa.timestamp("s")).cast(pa.timestamp("us", zone))
+        at = rows.column_names.index("shown_at")
+        pq.write_table(half.set_column(at, "shown_at", moments), tmp_path / "log" / f"{part}.parquet")
+    assert train(data=tmp_path / "log") == 0
+    out, state = tmp_path / "bundle", tmp_path / "state"
+    assert main(["export", str(tmp_path / "run"), "--out", str(out), "--state", str(state)]) == 0
+    users = pq.read_table(next(state.glob("*/users.parquet")))
+    assert sorted(users["user_id"].to_pylist()) == sorted(set(rows["user_id"].to_pylist()))
 
 
 def test_compare_reports_paired_intervals(train, log, schema_file, tmp_path, capsys):

@@ -96,8 +96,7 @@ def export(run: Path, out: Path, *, name: str | None = None, fusion: dict[str, f
             full disk.
     """
     out = Path(out)
-    if out.exists():
-        raise InputError(f"{out}: already there; a bundle is never written over: choose another folder")
+    check_new(out)
     saved = checkpoint.load(run)
     model = saved.model()
     found = item_rows(saved)
@@ -133,6 +132,12 @@ def export(run: Path, out: Path, *, name: str | None = None, fusion: dict[str, f
 
     _atomically(out, write)
     return load(out)
+
+
+def check_new(out: Path) -> None:
+    """InputError where something lies in a new bundle's place."""
+    if out.exists():
+        raise InputError(f"{out}: already there; a bundle is never written over: choose another folder")
 
 
 def load(folder: Path, precision: Precision = "fp32", *, verify: bool = True) -> Bundle:
