@@ -168,7 +168,10 @@ class Models:
         self.by_name: dict[str, Served] = {}
         for one in served:
             if one.name in self.by_name:
-                raise InputError(f"{one.bundle.folder}: a second bundle named {one.name!r}: give it another name")
+                raise InputError(
+                    f"{one.bundle.folder}: a second bundle named {one.name!r}: give it another name with "
+                    "`scalerec export RUN --out BUNDLE --name NAME`"
+                )
             self.by_name[one.name] = one
         self.salt = settings.salt
         self.first = served[0].name
