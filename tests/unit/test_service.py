@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from scalerec.inference.engine import Ask
@@ -93,6 +94,25 @@ def test_every_answer_is_as_documented(fresh):
         "item": 2, "author": "a2", "time": NOW + 20, "click": 1,
     }  # fmt: skip
     assert client.get("/v1/users?prefix=u1").json()["users"][0] == "u1"
+
+
+def test_a_context_may_set_what_is_listed_and_nothing_else(shared):
+    client, service = shared
+    for model in client.get("/v1/models").json()["models"]:
+        assert model["context"] == {"views": 7}
+        assert {"views", "age", "city", "income"} <= set(model["context_columns"])
+        inputs = service.models.by_name[model["name"]].engine.schema.input_columns()
+        for name in {*inputs, *model["context_columns"]}:
+            body = {"user": "u1", "candidates": [1], "context": {name: None}, "model": model["name"]}
+            post(client, "rank", body, 200 if name in model["context_columns"] else 422)
+
+
+def test_decimals_are_shown_as_numbers(fresh):
+    client, service = fresh
+    catalogue = service.models.by_name["rankmixer"].engine.catalogue
+    assert catalogue._chunk["price"].type == pa.float64()
+    catalogue._chunk["price"] = catalogue._chunk["price"].cast(pa.decimal128(6, 2), safe=False)
+    assert client.get("/v1/items/3").json()["columns"]["price"] == float(catalogue.row(3)["price"])
 
 
 def test_a_history_follows_the_events_and_moves_the_scores(fresh):

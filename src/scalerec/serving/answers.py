@@ -126,7 +126,8 @@ class ModelRow(_Answer):
     active: bool = Field(description="requests that name no model may get it")
     default: bool = Field(description="the one that most of them get")
     items: int = Field(description="of the catalogue")
-    context: dict[str, Any] = Field(description="columns that a request may set, with their defaults")
+    context: dict[str, Any] = Field(description="columns of the moment, with what is taken where a request has none")
+    context_columns: list[str] = Field(description="all that a request's context may set: of the moment and the user")
     log: Log
 
 
@@ -185,6 +186,7 @@ def model_of(one: Served, weights: Mapping[str, float], default: bool) -> dict[s
         "name": one.name, "version": one.bundle.version, "precision": one.bundle.precision, "ranks": one.ranks,
         "retrieves": one.searching is not None, "tasks": list(one.engine.tasks), "active": weights[one.name] > 0,
         "default": default, "items": len(one.places), "context": dict(one.bundle.context),
+        "context_columns": one.columns.of_context,
         "log": {
             "user": schema.user, "item": schema.item, "time": schema.time, "time_unit": schema.time_unit,
             "labels": labels, "columns": others,

@@ -46,13 +46,19 @@ class Columns:
         self.users = self._id(schema.user, encoder)
         self.items = self._id(schema.item, encoder) if schema.item else [_scalar]
 
+    @property
+    def of_context(self) -> list[str]:
+        """The columns that a request's context may set."""
+        own = {self.schema.user, self.schema.item, self.schema.time}
+        return sorted(self.inputs.keys() - own - self._of_items)
+
     def context(self, given: Mapping[str, Any], where: str = "context") -> None:
         """Refused where a column is unknown, not a request's to say, or of another kind."""
         own = (self.schema.user, self.schema.item, self.schema.time)
         for name, value in given.items():
             kinds = self.inputs.get(name)
             if kinds is None or name in own:
-                known = ", ".join(sorted(set(self.inputs) - set(own) - self._of_items)[:20])
+                known = ", ".join(self.of_context[:20])
                 raise Refused(
                     422, f"not a column that a request sets; the model reads {known}", f"{where}.{name[:128]}"
                 )
@@ -64,8 +70,8 @@ class Columns:
 
     def own(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """What of another model's context this one reads too."""
-        others = {self.schema.user, self.schema.item, self.schema.time, *self._of_items}
-        return {name: value for name, value in given.items() if name in self.inputs and name not in others}
+        mine = set(self.of_context)
+        return {name: value for name, value in given.items() if name in mine}
 
     def user(self, value: Any, where: str = "user") -> None:
         check(self.users, value, where)
