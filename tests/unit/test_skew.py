@@ -522,7 +522,7 @@ def test_how_lists_differ(served: list[int], trained: list[int], pattern: str) -
 
 def test_values_that_differ() -> None:
     def differs(a: pa.Array, b: pa.Array) -> list[bool]:
-        return Comparison("x", number=True).add(a, b).tolist()
+        return Comparison("x", kind="quantity").add(a, b).tolist()
 
     large = 2**60
     assert differs(pa.array([large, None, 1]), pa.array([large + 1, None, None])) == [True, False, True]
@@ -534,6 +534,71 @@ def test_values_that_differ() -> None:
     moments = pa.array([1_700_000_000_000, 5], pa.timestamp("ms"))
     assert differs(moments, moments.cast(pa.timestamp("us"))) == [False, False]
     assert differs(pa.array([True, False]), pa.array([1, 1])) == [False, True]
+
+
+SHIFT = [0, 1e-6, 60, 1_600]  # of these seconds only the first is none
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+@pytest.mark.parametrize(
+    ("served", "trained"),
+    [
+        (pa.timestamp("us"), pa.timestamp("us")),
+        (pa.timestamp("us", "UTC"), pa.float64()),
+        (pa.float64(), pa.timestamp("us")),
+        (pa.float64(), pa.float64()),
+        (pa.float64(), pa.int64()),
+        (pa.int64(), pa.float64()),
+    ],
+)
+def test_shifted_times_differ(served: pa.DataType, trained: pa.DataType, as_list: bool) -> None:
+    def times(shifts: list[float], kind: pa.DataType) -> pa.Array:
+        if pa.types.is_timestamp(kind):
+            moments = pa.array([START * 10**6 + round(shift * 1e6) for shift in shifts]).cast(kind)
+        else:
+            moments = pa.array([START + shift for shift in shifts]).cast(kind)
+        return pa.LargeListArray.from_arrays(pa.array(range(len(shifts) + 1)), moments) if as_list else moments
+
+    shifts = [shift for shift in SHIFT if shift == int(shift) or not pa.types.is_integer(served)]
+    found = Comparison("time", kind="time")
+    assert found.add(times(shifts, served), times([0] * len(shifts), trained)).tolist() == [s > 0 for s in shifts]
+    assert found.found()["largest_difference"] == 1_600
+
+
+def test_ids_are_equal_as_the_encoder_takes_them() -> None:
+    def differs(a: pa.Array, b: pa.Array) -> list[bool]:
+        return Comparison("x").add(a, b).tolist()
+
+    ids = pa.array([123_456_789.0, 7.0, None])
+    assert differs(ids, pa.array([123_456_790.0, 7.0, None])) == [True, False, False]
+    assert differs(ids, pa.array([123_456_790, 7, 1])) == [True, False, True]
+    assert differs(pa.array([2.0**60]), pa.array([2**60 + 1])) == [True]  # one float64, two ids
+    assert differs(pa.array([[123_456_789.0, 7.0], []]), pa.array([[123_456_790, 7], None])) == [True, False]
+
+
+@pytest.mark.parametrize("kind", [pa.float64(), pa.timestamp("us")])
+def test_times_that_are_a_little_late_are_named(world, tmp_path: Path, kind: pa.DataType) -> None:
+    run, table = world
+    shown = serve(run, table, tmp_path / "shown")
+    unit = 10**6 if pa.types.is_timestamp(kind) else 1
+
+    def moved(column: pa.ChunkedArray, shift: int) -> pa.Array:
+        if not pa.types.is_list(column.type):
+            return pa.array([unit * (time + shift) for time in column.to_pylist()]).cast(kind)
+        times = [[unit * (time + shift) for time in some or ()] for some in column.to_pylist()]
+        return pa.array(times, pa.list_(pa.int64())).cast(pa.list_(kind))
+
+    for file in shown.glob("*.parquet"):
+        rows = pq.read_table(file)
+        for name, shift in (("raw.time", 90), ("raw.seen_time", -90)):
+            rows = rows.set_column(rows.column_names.index(name), name, moved(rows[name], shift))
+        pq.write_table(rows, file)
+    found = skew(str(shown), run, within=90)
+    assert differing(found) == {"time", "seen_time"}
+    assert entry(found, "time")["share"] == 1 and entry(found, "time")["median_difference"] == 90
+    assert entry(found, "time")["looks_like"] == "served is the trained plus 90"
+    assert entry(found, "seen_time")["looks_like"] == "served is the trained minus 90"
+    assert "pairs" not in entry(found, "time") and "pairs" not in entry(found, "seen_time")
 
 
 def test_rank_correlations_are_spearmans() -> None:

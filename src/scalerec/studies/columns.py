@@ -7,17 +7,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from scalerec.errors import InputError
+from scalerec.features.hashing import hash_column
 from scalerec.features.lists import lists
 from scalerec.features.numeric import numbers, seconds
 
-RELATIVE = 1e-6  # differences of numbers that float32 makes
+Kind = Literal["value", "quantity", "time"]  # of the last two, differences have a size
+
+RELATIVE = 1e-6  # differences of quantities that float32 makes
+MOMENT = 5e-7  # half a microsecond: what float64 seconds since 1970 may be off
 KEPT = 2_000  # differing rows kept to look at
 PIECE = 256  # of them from one piece, so that they come from all over the log
 MOST_PAIRS = 5
@@ -27,9 +31,9 @@ LEAST = 3  # rows that show a pair of values: what fewer have may tell who they 
 class Comparison:
     """One column of rows that were served against the same rows of the training log, added piece by piece."""
 
-    def __init__(self, name: str, *, number: bool = False, shown: bool = True):
+    def __init__(self, name: str, *, kind: Kind = "value", shown: bool = True):
         self.name = name
-        self.number = number  # a quantity: differences have a size
+        self.kind: Kind = kind
         self.shown = shown  # values may be printed: not of the column that says who
         self.rows = self.differ = self.other_length = 0
         self.types: tuple[str, str] = ("", "")
@@ -51,8 +55,8 @@ class Comparison:
             self.listed = True
             differs = self._lists(served, trained)
         else:
-            differs = ~equal(served, trained)
-            self._largest = max(self._largest, self._gap(served, trained)) if self.number else 0.0
+            differs = ~equal(served, trained, self.kind)
+            self._largest = max(self._largest, self._gap(served, trained))
         self.differ += int(differs.sum())
         some = np.flatnonzero(differs)
         room = min(PIECE, KEPT - len(self._kept))
@@ -69,21 +73,19 @@ class Comparison:
         place = np.arange(len(row)) - np.repeat(np.cumsum(common) - common, common)
         in_s, in_t = ((np.cumsum(x) - x)[row] + place for x in (lengths_s, lengths_t))
         values_s, values_t = flat_s.take(pa.array(in_s)), flat_t.take(pa.array(in_t))
-        other = np.flatnonzero(~equal(values_s, values_t))
+        other = np.flatnonzero(~equal(values_s, values_t, self.kind))
         first = np.where(lengths_s == lengths_t, np.iinfo(np.int64).max, common)
         np.minimum.at(first, row[other], place[other])
         differs = first < np.iinfo(np.int64).max
         self.other_length += int((lengths_s != lengths_t).sum())
         if len(self._places) < KEPT:
             self._places += first[differs][:PIECE].tolist()
-        if self.number:
-            same = (lengths_s == lengths_t)[row]
-            gap = self._gap(values_s.filter(pa.array(same)), values_t.filter(pa.array(same)))
-            self._largest = max(self._largest, gap)
+        same = pa.array((lengths_s == lengths_t)[row])
+        self._largest = max(self._largest, self._gap(values_s.filter(same), values_t.filter(same)))
         return differs
 
     def _gap(self, served: pa.Array, trained: pa.Array) -> float:
-        if not all(_is_number(array.type) for array in (served, trained)):
+        if self.kind == "value" or not all(_is_number(array.type) for array in (served, trained)):
             return 0.0
         gaps = np.abs(_floats(served) - _floats(trained))
         return float(np.nanmax(gaps)) if not np.isnan(gaps).all() else 0.0
@@ -109,7 +111,7 @@ class Comparison:
 
     def _quantities(self) -> tuple[np.ndarray, np.ndarray]:
         """Of the differing rows' numbers those that are there on both sides, served and trained."""
-        if not self.number:
+        if self.kind == "value":
             return np.empty(0), np.empty(0)
         kept = self._kept
         if self.listed:
@@ -138,8 +140,9 @@ class Comparison:
         return [(*pair, count / len(self._kept)) for pair, count in frequent]
 
 
-def equal(served: pa.Array, trained: pa.Array) -> np.ndarray:
-    """Whether values [n] agree: whole numbers exactly, other numbers up to rounding, all else by its text."""
+def equal(served: pa.Array, trained: pa.Array, kind: Kind) -> np.ndarray:
+    """Whether values [n] agree: quantities up to rounding, times to the microsecond, other numbers and all whole ones
+    exactly, all else by its text."""
     here, there = (array.is_valid().to_numpy(zero_copy_only=False) for array in (served, trained))
     if pa.types.is_null(served.type) or pa.types.is_null(trained.type):
         return here == there
@@ -147,8 +150,11 @@ def equal(served: pa.Array, trained: pa.Array) -> np.ndarray:
         a, b = (array.fill_null(0).cast(pa.int64(), safe=False).to_numpy() for array in (served, trained))
         same = a == b
     elif _is_number(served.type) and _is_number(trained.type):
-        a, b = (np.nan_to_num(_floats(array)) for array in (served, trained))
-        same = np.abs(a - b) <= RELATIVE * np.maximum(np.abs(a), np.abs(b))
+        if kind == "value":  # as the encoder takes ids: by value, whatever the width
+            same = hash_column(served) == hash_column(trained)
+        else:
+            a, b = (np.nan_to_num(_floats(array)) for array in (served, trained))
+            same = np.abs(a - b) <= (MOMENT if kind == "time" else RELATIVE * np.maximum(np.abs(a), np.abs(b)))
     elif _is_number(served.type) or _is_number(trained.type):
         same = np.zeros(len(served), bool)  # text for a number: the encoder takes them for different values
     else:
@@ -228,7 +234,9 @@ def _text(value: Any) -> str:
         return "(missing)"
     if isinstance(value, list):
         return f"list of {len(value)}"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)[:40]
+    if isinstance(value, float) and not value.is_integer():
+        return f"{value:.6g}"
+    return f"{value:.0f}" if isinstance(value, float) else str(value)[:40]
 
 
 def _plain(column: pa.Array) -> pa.Array:

@@ -23,7 +23,7 @@ from scalerec.features.hashing import hash_column
 from scalerec.features.numeric import numbers
 from scalerec.models.base import Model
 from scalerec.schema import Cross, Feature, Numeric, Schema, Sequence
-from scalerec.studies.columns import Comparison
+from scalerec.studies.columns import Comparison, Kind
 from scalerec.studies.exposures import ENCODED, RAW, SCORE
 from scalerec.studies.score_skew import ScoreSkew
 from scalerec.studies.training_rows import TrainingRows, owned, together
@@ -66,15 +66,19 @@ class Served:
             *(RAW + column for column in columns), *(ENCODED + feature.name for feature in features),
             *(SCORE + task for task in tasks),
         ]))  # fmt: skip
-        # Times of events are as good as a name.
-        telling = {self.schema.user, self.schema.time, *(s.time_column for s in self.schema.sequences)}
-        self.raw = {name: Comparison(name, number=name in quantities(self.schema),
-                                     shown=name not in telling) for name in columns}  # fmt: skip
+        kinds: dict[str, Kind] = {name: kind_of(name, self.schema) for name in columns}
+        self.raw = {  # times of events are as good as a name
+            name: Comparison(name, kind=kind, shown=kind != "time" and name != self.schema.user)
+            for name, kind in kinds.items()
+        }
         self.encoded = {
-            feature.name: Comparison(feature.name, number=getattr(feature, "encoding", "") == "linear",
-                                     shown=self.schema.user not in _columns(feature))
+            feature.name: Comparison(
+                feature.name,
+                kind="quantity" if isinstance(feature, Numeric) and feature.encoding == "linear" else "value",
+                shown=self.schema.user not in _columns(feature),
+            )
             for feature in features
-        }  # fmt: skip
+        }
         self.tasks = [self.layout.tasks.index(task) for task in tasks]
         self.scores = ScoreSkew(tasks)
         self.rows = self.refused = 0
@@ -183,10 +187,12 @@ class Served:
         return pa.RecordBatch.from_arrays([rows.column(RAW + name) for name in names], names=names)
 
 
-def quantities(schema: Schema) -> set[str]:
-    """The columns whose differences have a size: numbers and times."""
-    found = {schema.time or ""} | {sequence.time_column or "" for sequence in schema.sequences}
-    return found | {feature.column or feature.name for feature in schema.features if isinstance(feature, Numeric)}
+def kind_of(column: str, schema: Schema) -> Kind:
+    """Whether differences of an input column have a size: it is a time, a quantity or neither."""
+    if column in (schema.time, *(sequence.time_column for sequence in schema.sequences)):
+        return "time"
+    numeric = (feature.column or feature.name for feature in schema.features if isinstance(feature, Numeric))
+    return "quantity" if column in numeric else "value"
 
 
 def _columns(feature: Feature) -> tuple[str, ...]:
