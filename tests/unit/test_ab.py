@@ -245,6 +245,32 @@ def test_users_of_several_arms_and_asked_models_are_left_out(tmp_path: Path) -> 
     assert sum(e["base"] for e in found["arms"]) < sum(e["base"] for e in base["arms"])
 
 
+@pytest.mark.parametrize("kind", [pa.string(), pa.float64()])
+def test_rows_of_nobody_are_nobodys(tmp_path: Path, kind: pa.DataType) -> None:
+    """Neither one more unit nor, where there are events without a user as well, one that clicked at everything."""
+    shown = [{"user": u, "time": 10, "model": "ab"[u % 2]} for u in range(400)]
+    shown += [{"user": math.nan, "time": 20 + i, "model": "a"} for i in range(600)]
+    events = [{"user": u, "time": 11, "click": int(u % 4 < 2)} for u in range(400)]
+    events += [{"user": math.nan, "time": 20 + i, "click": 1} for i in range(600)]
+    for name, rows in (("s", shown), ("e", events)):
+        table = pa.Table.from_pylist([row | {"item": 1, "session": i} for i, row in enumerate(rows)])
+        users = pa.array([row["user"] for row in rows], pa.float64(), from_pandas=kind == pa.string())
+        pq.write_table(table.set_column(0, "user", users.cast(kind)), tmp_path / f"{name}.parquet")
+    paths = tmp_path / "s.parquet", tmp_path / "e.parquet"
+    found = run(paths)
+    assert [e["units"] for e in found["arms"]] == [200, 200] and [e["outcome"] for e in found["arms"]] == [100, 100]
+    assert found["arms"][1]["lift"] == 0 and found["trusted"] and found["exposures_of_no_unit"] == 600
+    assert found["events"]["with_label"] == 800 and found["events"]["without_user_or_item"] == 600
+    text = markdown(found)
+    assert "600 exposures without a `user`" in text and "600 of these because their user or item is missing" in text
+    sessions = run(paths, by="session")  # that these are known makes the users no better known
+    assert [e["units"] for e in sessions["arms"]] == [800, 200] and sessions["exposures_of_no_unit"] == 0
+    assert [e["outcome"] for e in sessions["arms"]] == [100, 100]
+    rewrite(tmp_path, lambda t: t.set_column(0, "user", pa.nulls(len(t))) if "model" in t.column_names else t)
+    with pytest.raises(InputError, match="column 'user' is empty in all exposures of an arm: name another with --by"):
+        run(paths)
+
+
 def test_events_belong_to_the_last_exposure_in_the_window(tmp_path: Path) -> None:
     kinds = pa.schema([("user", pa.string()), ("item", pa.int64()), ("time", pa.int64()), ("click", pa.int8())])
     events = [("a", 1, 105, 1), ("a", 1, 250, 1), ("a", 2, 120, 1), ("b", 1, 99, 1), ("b", 1, 100, 1), ("b", 1, 150, 0)]
@@ -255,7 +281,8 @@ def test_events_belong_to_the_last_exposure_in_the_window(tmp_path: Path) -> Non
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "s.parquet")
     paths = tmp_path / "s.parquet", tmp_path / "e.parquet"
     found = run(paths)
-    assert found["events"] == {"files": str(paths[1]), "rows": 9, "with_label": 7, "attributed": 5}
+    counts = {"rows": 9, "with_label": 7, "without_user_or_item": 0, "attributed": 5}
+    assert found["events"] == {"files": str(paths[1]), **counts}
     assert [e["outcome"] for e in found["arms"]] == [3, 2] and [e["base"] for e in found["arms"]] == [3, 2]
     assert run(paths, window=10)["arms"][0]["outcome"] == 2
     assert run(paths, names=Names(item=None))["arms"][0]["outcome"] == 4  # of whatever item

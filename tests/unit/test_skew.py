@@ -428,6 +428,28 @@ def test_what_has_no_partner_is_counted(world, tmp_path: Path) -> None:
     assert near["join"]["joined"] == 200 and differing(near) == {"time"}
 
 
+@pytest.mark.parametrize("column", ["user", "item"])
+def test_rows_of_nobody_are_not_joined(world, tmp_path: Path, column: str) -> None:
+    """Though the log has such rows as well, at the same time."""
+    run, table = world
+    twice = pa.concat_tables([table.slice(0, 150), table.slice(0, 10)])
+    shown = serve(run, twice, tmp_path / "shown")  # a file of 150, and the first ten again
+
+    def without(rows: pa.Table) -> pa.Table:
+        """Of the first 20 rows nobody knows whose they were."""
+        place = rows.column_names.index(column)
+        values = [None if number < 20 else value for number, value in enumerate(rows[column].to_pylist())]
+        return rows.set_column(place, column, pa.array(values, rows[column].type))
+
+    for file in shown.glob("*.parquet"):
+        pq.write_table(without(pq.read_table(file)), file)
+    pq.write_table(without(table), tmp_path / "log.parquet")
+    join = skew(str(shown), run, data=str(tmp_path / "log.parquet"))["join"]
+    assert join["without_user_or_item"] == 30 and join["joined"] == 130 and join["without_training_row"] == 30
+    assert join["of_a_known_pair"] == 0 and join["repeated_exposures"] == 0
+    assert join["training_rows_of_that_time"] == 130
+
+
 def test_an_empty_join_is_a_finding(world, tmp_path: Path) -> None:
     run, table = world
     random = np.random.default_rng(3)

@@ -18,10 +18,10 @@ import pyarrow.compute as pc
 from scalerec.data.reader import ParquetRows, find_parquet
 from scalerec.data.split import NoSplit
 from scalerec.errors import InputError
-from scalerec.features.hashing import hash_column
+from scalerec.features.hashing import NO_VALUE, hash_column
 from scalerec.features.numeric import numbers
 from scalerec.studies.exposures import Exposures
-from scalerec.studies.join import Keys, last_before
+from scalerec.studies.join import NOBODY, Keys, last_before
 from scalerec.studies.lift import (
     Arm,
     Lift,
@@ -82,7 +82,7 @@ def ab(
         "exposures": str(exposures), "events": {"files": str(events), **counts}, "label": label, "metric": metric,
         "by": by, "interval": interval, "window": window, "units": sum(dealt.values()),
         "units_in_several_arms": shown.mixed, "exposures_read": len(shown.unit),
-        "exposures_of_no_arm": shown.of_no_arm,
+        "exposures_of_no_arm": shown.of_no_arm, "exposures_of_no_unit": shown.of_no_unit,
         "sample_ratio": {
             "chi_square": square, "p": p, "units": dealt,
             "planned": {name: weight / sum(planned) for name, weight in zip(order, planned)},
@@ -102,6 +102,7 @@ class _Shown(NamedTuple):
     arms: list[str]
     mixed: int  # units that were seen in more than one arm
     of_no_arm: int  # exposures that were not dealt: the request named its model
+    of_no_unit: int  # exposures of an arm that do not say whose they are
 
     @staticmethod
     def read(path: str, by: str, arms: str, names: Names) -> _Shown:
@@ -110,20 +111,25 @@ class _Shown(NamedTuple):
         there = log.columns()
         item = "item" if names.item is not None else None
         wanted = ["user", *([item] if item else []), "time", by, arms, *(["bucket"] if "bucket" in there else [])]
-        keys, codes, units, known, of_no_arm = [], [], [], {}, 0
+        keys, codes, units, known, of_no_arm, of_no_unit = [], [], [], {}, 0, 0
         for rows in log.pieces(list(dict.fromkeys(wanted))):
             dealt = rows.column(arms).is_valid()
             if "bucket" in there:
                 dealt = pc.and_(dealt, rows.column("bucket").is_valid())
             of_no_arm += rows.num_rows - (pc.sum(dealt).as_py() or 0)
             rows = rows.filter(dealt)
+            unit = hash_column(rows.column(by), by)
+            of_no_unit += int((unit == NO_VALUE).sum())
+            rows, unit = rows.filter(pa.array(unit != NO_VALUE)), unit[unit != NO_VALUE]
             if not rows.num_rows:
                 continue
             keys.append(_keys(rows, "user", item, "time", names.time_unit))
-            units.append(hash_column(rows.column(by), by))
+            units.append(unit)
             encoded = rows.column(arms).cast(pa.string()).dictionary_encode()
             code = np.array([known.setdefault(name, len(known)) for name in encoded.dictionary.to_pylist()])
             codes.append(code[encoded.indices.to_numpy()])
+        if of_no_unit and not known:
+            raise InputError(f"{path}: column {by!r} is empty in all exposures of an arm: name another with --by")
         if len(known) < 2:
             one = f"only {next(iter(known))!r}" if known else "none"
             raise InputError(
@@ -138,7 +144,7 @@ class _Shown(NamedTuple):
         np.maximum.at(most, unit, arm)
         mixed = least != most
         arm = np.where(mixed[unit], -1, arm)
-        return _Shown(whole.take(order), arm, unit, list(known), int(mixed.sum()), of_no_arm)
+        return _Shown(whole.take(order), arm, unit, list(known), int(mixed.sum()), of_no_arm, of_no_unit)
 
 
 def _keys(rows: pa.RecordBatch, user: str, item: str | None, time: str, time_unit: float) -> Keys:
@@ -166,7 +172,7 @@ def _attributed(
 ) -> tuple[np.ndarray, dict[str, int]]:
     """The label's sum over the events of each exposure [n], and how many events there were."""
     outcome = np.zeros(len(shown.unit))
-    counts = {"rows": 0, "with_label": 0, "attributed": 0}
+    counts = {"rows": 0, "with_label": 0, "without_user_or_item": 0, "attributed": 0}
     columns = [name for name in dict.fromkeys((names.user, names.item, names.time, label)) if name is not None]
     for rows in ParquetRows(find_parquet(events), NoSplit()).batches("train", columns):
         values = np.nan_to_num(numbers(rows.column(label), label)[0])
@@ -181,6 +187,7 @@ def _attributed(
         mine = (found >= 0) & (late <= (np.inf if window is None else window))
         np.add.at(outcome, found[mine], values[some][mine])
         counts["with_label"] += len(some)
+        counts["without_user_or_item"] += int((asked.pair == NOBODY).sum())
         counts["attributed"] += int(mine.sum())
     if not counts["attributed"]:
         raise InputError(

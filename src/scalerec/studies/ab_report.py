@@ -44,9 +44,11 @@ def markdown(found: dict[str, Any]) -> str:
     lines += [
         "", f"Sample ratio: {shares}; p = {ratio['p']:.2g} (chi-square).", "",
         f"Left out: {found['units_in_several_arms']:,} units seen in more than one arm; "
-        f"{found['exposures_of_no_arm']:,} exposures whose request named its model; of {events['with_label']:,} events "
+        f"{found['exposures_of_no_arm']:,} exposures whose request named its model; "
+        f"{found['exposures_of_no_unit']:,} exposures without a `{found['by']}`; of {events['with_label']:,} events "
         f"with the label {events['with_label'] - events['attributed']:,} without an exposure before them"
-        f"{'' if found['window'] is None else ' in the window'}.",
+        f"{'' if found['window'] is None else ' in the window'}, {events['without_user_or_item']:,} of these because "
+        "their user or item is missing.",
     ]  # fmt: skip
     if len(found["arms"]) > 2:
         adjusted = ", ".join(f"{entry['arm']} {entry['p_holm']:.2g}" for entry in found["arms"][1:])

@@ -11,23 +11,27 @@ import numpy as np
 import pyarrow as pa
 
 from scalerec.data.split import times_of
-from scalerec.features.hashing import hash_column, mix
+from scalerec.features.hashing import NO_VALUE, hash_column, mix
 
+NOBODY = np.uint64(2**64 - 1)  # pair of a row without a user or without an item: it belongs to no other row
 SCALES = (1e3, 1e-3, 1e6, 1e-6)  # mistaken units: milliseconds or microseconds for seconds, and the reverse
 
 
 class Keys(NamedTuple):
     """Who, what and when of each row, in the order of the rows or sorted by pair and time."""
 
-    pair: np.ndarray  # [m] uint64 code of user and item
+    pair: np.ndarray  # [m] uint64 code of user and item, or NOBODY
     time: np.ndarray  # [m] float64 in the log's unit
 
     @staticmethod
     def of(rows: pa.RecordBatch, user: str, item: str | None, time: str | None) -> Keys:
         """Of rows with these columns; without an item a row is known by its user, without a time all are at 0."""
         pair = hash_column(rows.column(user), user)
+        missing = pair == NO_VALUE
         if item is not None:
-            pair = mix(mix(pair) + hash_column(rows.column(item), item))
+            of_item = hash_column(rows.column(item), item)
+            pair, missing = mix(mix(pair) + of_item), missing | (of_item == NO_VALUE)
+        pair = np.where(missing, NOBODY, pair)
         return Keys(pair, np.zeros(rows.num_rows) if time is None else times_of(rows, time))
 
     def take(self, index: np.ndarray) -> Keys:
@@ -48,6 +52,7 @@ def last_before(log: Keys, asked: Keys) -> np.ndarray:
     """For each row asked [n] the last one of the sorted log with its pair and a time not later; -1: none."""
     first = np.searchsorted(log.pair, asked.pair, side="left")
     low, high = first.copy(), np.searchsorted(log.pair, asked.pair, side="right")
+    high = np.where(asked.pair == NOBODY, first, high)
     while (low < high).any():  # bisection in all ranges at once
         middle = (low + high) // 2
         below = (low < high) & (log.time[np.minimum(middle, len(log.time) - 1)] <= asked.time)
@@ -65,7 +70,8 @@ def nearest(log: Keys, asked: Keys) -> tuple[np.ndarray, np.ndarray]:
     start = np.searchsorted(log.pair, asked.pair, side="left")
     after = np.where(before >= 0, before + 1, start)
     inside = np.minimum(after, len(log.pair) - 1)
-    after = np.where((after == inside) & (log.pair[inside] == asked.pair), after, -1)
+    there = (after == inside) & (log.pair[inside] == asked.pair) & (asked.pair != NOBODY)
+    after = np.where(there, after, -1)
     gap = [np.where(index >= 0, asked.time - log.time[index], np.inf) for index in (before, after)]
     earlier = np.abs(gap[0]) <= np.abs(gap[1])
     return np.where(earlier, before, after), np.where(earlier, gap[0], gap[1])

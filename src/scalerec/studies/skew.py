@@ -22,7 +22,7 @@ from scalerec.data.split import NoSplit
 from scalerec.errors import InputError
 from scalerec.schema import Schema
 from scalerec.studies.exposures import RAW, Exposures
-from scalerec.studies.join import Keys, Match, match
+from scalerec.studies.join import NOBODY, Keys, Match, match
 from scalerec.studies.report import machine
 from scalerec.studies.served import Served
 from scalerec.studies.training_rows import TrainingRows, together
@@ -140,12 +140,14 @@ def _blocks(pieces: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 def _figures(found: Match, keys: Keys, log: TrainingRows, time: str) -> dict[str, Any]:
     joined = found.index >= 0
     order = keys.order()
-    repeated = (np.diff(keys.pair[order]) == 0) & (np.diff(keys.time[order]) == 0)
+    nobody = keys.pair == NOBODY
+    repeated = (np.diff(keys.pair[order]) == 0) & (np.diff(keys.time[order]) == 0) & ~nobody[order][1:]
     figures: dict[str, Any] = {
         "exposures": len(joined),
         "joined": int(joined.sum()),
         "without_training_row": int((~joined).sum()),
         "of_a_known_pair": int((~joined & np.isin(keys.pair, log.keys.pair)).sum()),
+        "without_user_or_item": int(nobody.sum()),
         "repeated_exposures": int(repeated.sum()),
         "time_column": time,
         "time_scale": found.scale,

@@ -47,6 +47,7 @@ def _join(join: dict[str, Any]) -> list[str]:
     names = {
         "exposures": "exposures", "joined": "with a training row", "without_training_row": "without a training row",
         "of_a_known_pair": "of these, user and item are in the log at another time",
+        "without_user_or_item": "of these, user or item is missing",
         "repeated_exposures": "exposures of the same user, item and time as another",
         "training_rows_of_that_time": "training rows of that time",
         "training_rows_without_exposure": "of these without an exposure",

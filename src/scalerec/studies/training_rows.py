@@ -15,7 +15,7 @@ from scalerec.data.split import times_of
 from scalerec.errors import InputError
 from scalerec.features.hashing import hash_column, mix
 from scalerec.schema import Schema
-from scalerec.studies.join import Keys, last_before
+from scalerec.studies.join import NOBODY, Keys, last_before
 
 
 class TrainingRows:
@@ -33,7 +33,7 @@ class TrainingRows:
             for first, rows in self._read(number, who_what_when):
                 found = Keys.of(rows, schema.user, schema.item, schema.time)
                 place = np.minimum(np.searchsorted(pairs, found.pair), len(pairs) - 1)
-                mine = np.flatnonzero(pairs[place] == found.pair)
+                mine = np.flatnonzero((pairs[place] == found.pair) & (found.pair != NOBODY))
                 keys.append(found.take(mine))
                 groups.append(np.full(len(mine), number))
                 places.append(first + mine)
