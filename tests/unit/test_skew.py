@@ -450,6 +450,22 @@ def test_rows_of_nobody_are_not_joined(world, tmp_path: Path, column: str) -> No
     assert join["training_rows_of_that_time"] == 130
 
 
+@pytest.mark.parametrize(("first", "count", "there", "without"), [(29, 1, 0, 0), (0, 1, 1, 1), (0, 30, 28, 0)])
+def test_training_rows_of_another_time_are_not_counted(
+    world, tmp_path: Path, first: int, count: int, there: int, without: int
+) -> None:
+    """Of the first 30 rows, a second apart, some were served two seconds late; the next come an hour later."""
+    run, table = world
+
+    def change(row: dict[str, Any], number: int) -> None:
+        row["time"] += 2
+
+    shown = serve(run, table.slice(first, count), tmp_path / "shown", change)
+    join = skew(str(shown), run, within=2)["join"]
+    assert join["joined"] == count and join["time_shift"] == 0
+    assert join["training_rows_of_that_time"] == there and join["training_rows_without_exposure"] == without
+
+
 def test_an_empty_join_is_a_finding(world, tmp_path: Path) -> None:
     run, table = world
     random = np.random.default_rng(3)

@@ -156,9 +156,11 @@ def _figures(found: Match, keys: Keys, log: TrainingRows, time: str) -> dict[str
     }
     if time and joined.any():
         moved = (keys.time / found.scale - found.shift)[joined]
-        there = log.count_between(float(moved.min()), float(moved.max()))
+        low, high = float(moved.min()), float(moved.max())
+        there = log.count_between(low, high)
+        exposed = log.keys.time[np.unique(found.index[joined])]  # up to --within of it they may lie beyond that time
         figures["training_rows_of_that_time"] = there
-        figures["training_rows_without_exposure"] = there - len(np.unique(found.index[joined]))
+        figures["training_rows_without_exposure"] = there - int(((exposed >= low) & (exposed <= high)).sum())
     return figures
 
 
