@@ -29,7 +29,7 @@ from scalerec.schema import Categorical, Cross, Group, MultiCategorical, Numeric
 from scalerec.serving.exposure import Shown, rows_of, write_file
 from scalerec.studies import commands
 from scalerec.studies.columns import Comparison
-from scalerec.studies.join import Keys, last_before, match, nearest
+from scalerec.studies.join import SCALES, Keys, last_before, match, nearest
 from scalerec.studies.score_skew import rank_correlations
 from scalerec.studies.skew import skew
 from scalerec.studies.skew_report import write
@@ -528,6 +528,30 @@ def test_the_nearest_and_the_last_by_hand() -> None:
     assert match(Keys(pairs, times), asked, 1).index.tolist() == [0, 0, -1, -1, 3, -1, -1]
     empty = Keys(np.empty(0, np.uint64), np.empty(0))
     assert last_before(empty, asked).tolist() == [-1] * 7 and nearest(empty, asked)[0].tolist() == [-1] * 7
+
+
+@pytest.mark.parametrize(("log_end", "asked_end"), [(1, 1), (500, 1), (1, 500), (500, 500)])
+def test_a_unit_is_not_guessed_from_small_times(log_end: float, asked_end: float) -> None:
+    """Relative times that have nothing to do with each other are in no unit of each other."""
+    random = np.random.default_rng(0)
+    pairs = np.arange(400, dtype=np.uint64)
+    found = match(Keys(pairs, random.random(400) * log_end), Keys(pairs, random.random(400) * asked_end), 0)
+    assert (found.index == -1).all() and found.scale == 1 and found.shift == 0 and found.distance > 0
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("start", [0, START])
+@pytest.mark.parametrize("within", [0, 60])
+def test_a_unit_is_guessed_though_the_finer_part_is_lost(scale: float, start: int, within: float) -> None:
+    """A minute of times, in seconds or finer; what is finer than whole numbers is cut off in the coarser log."""
+    random = np.random.default_rng(0)
+    fine = np.sort(random.integers(1, 60 * 10**6, 400)) + start * 10**6  # microseconds
+    seconds = np.maximum(fine // 10**6, 1).astype(float)
+    finer = fine // (10**6 / max(scale, 1 / scale)) + 0.0
+    log, asked = (seconds, finer) if scale > 1 else (finer, seconds)
+    pairs = np.arange(400, dtype=np.uint64)
+    found = match(Keys(pairs, log), Keys(pairs, asked), within)
+    assert found.scale == scale and (found.index == np.arange(400)).all()
 
 
 @pytest.mark.parametrize(
