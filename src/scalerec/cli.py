@@ -16,6 +16,7 @@ from rich.table import Table
 
 from scalerec import __version__, config
 from scalerec.errors import InputError
+from scalerec.results import shown, to_json
 from scalerec.serving import bench
 from scalerec.serving import command as serving
 from scalerec.studies import commands as studies
@@ -185,7 +186,7 @@ def data(options: argparse.Namespace) -> None:
         "notes": prepared.notes,
     }
     if options.json:
-        print(json.dumps(found))
+        print(to_json(found))
         return check_parts(parts)  # after what was found: the counts show what has to change
     table = Table("part", "rows", *(f"{task}" for task in parts["train"].positives))
     for part, counts in parts.items():
@@ -222,7 +223,7 @@ def recipes(options: argparse.Namespace) -> None:
     from scalerec.recipes.catalogue import all_recipes
 
     names = sorted(all_recipes())
-    print(json.dumps(names) if options.json else "\n".join(names))
+    print(to_json(names) if options.json else "\n".join(names))
 
 
 def describe(options: argparse.Namespace) -> None:
@@ -230,7 +231,7 @@ def describe(options: argparse.Namespace) -> None:
 
     found = figures(_run(options.recipe, options.changes))
     if options.json:
-        return print(json.dumps(found))
+        return print(to_json(found))
     table = Table("what", "value", title=found["name"])
     for part, number in found["parameters"].items():
         table.add_row(f"parameters, {part}", f"{number:,}")
@@ -271,7 +272,7 @@ def train(options: argparse.Namespace) -> None:
     quiet = options.quiet or options.json
     found = fit(run, options.out, resume=options.resume, warm_start=options.warm_start, quiet=quiet)
     if options.json:
-        return print(json.dumps(found))
+        return print(to_json(found))
     _tables(found["test"], f"{run.name}, test rows")
     events = ", TensorBoard events" if run.training.tensorboard else ""
     _say(f"kept in {options.out}: best checkpoint, scores of the test rows, log{events}")
@@ -286,7 +287,7 @@ def evaluate(options: argparse.Namespace) -> None:
         changes=options.changes, progress=_say,
     )  # fmt: skip
     if options.json:
-        return print(json.dumps(found))
+        return print(to_json(found))
     for value, tables in found.items():
         _tables(tables, f"{options.by} = {value}" if options.by else value)
 
@@ -303,7 +304,7 @@ def predict(options: argparse.Namespace) -> None:
     found = score_files(
         options.run_folder, options.input, options.out, skip_bad_shards=options.skip_bad_shards, progress=_say
     )
-    print(json.dumps(found) if options.json else f"{found['rows']:,} rows with scores in {options.out}")
+    print(to_json(found) if options.json else f"{found['rows']:,} rows with scores in {options.out}")
     for what, number in found["counts"].items():
         _say(f"  {what}: {number:,}")
 
@@ -325,7 +326,7 @@ def compare(options: argparse.Namespace) -> None:
         command=command,
     )
     if options.json:
-        return print(json.dumps(found))
+        return print(to_json(found))
     out.print(studies.Folding(markdown(found)))
     _say(f"kept in {options.out}: report.md, report.json, report.png and every run")
 
@@ -348,7 +349,7 @@ def export(options: argparse.Namespace) -> None:
     found = {"bundle": str(bundle.folder), "name": bundle.name, "version": bundle.version, "items": len(bundle.items)}
     found |= state
     if options.json:
-        return print(json.dumps(found))
+        return print(to_json(found))
     _say(f"{found['name']} {found['version']}, {found['items']:,} items; proved against its own golden sample")
     more = f" --state {options.state}" if options.state else ""
     more += "".join(f" --allow {package}" for package in config.allowed())
@@ -371,7 +372,7 @@ def _cell(value: float | None) -> str:
     """A number for people; blank for an interval that there is not, with too few users."""
     if value is None:
         return ""
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else shown(value, ".4f")
 
 
 def _say(message: str) -> None:

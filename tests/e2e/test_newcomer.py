@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -281,6 +282,42 @@ def test_files_with_times_of_two_zones_are_exported(train, log, tmp_path):
     assert main(["export", str(tmp_path / "run"), "--out", str(out), "--state", str(state)]) == 0
     users = pq.read_table(next(state.glob("*/users.parquet")))
     assert sorted(users["user_id"].to_pylist()) == sorted(set(rows["user_id"].to_pylist()))
+
+
+def test_a_test_part_of_one_class_has_no_auc_and_says_so(train, log, schema_file, tmp_path, capsys):
+    """In JSON that is JSON, in tables without nan, and where a finished run is read again."""
+    table = shop()
+    clicks = table["is_click"].to_numpy().copy()
+    clicks[-450:] = 0  # and the latest tenth tests
+    pq.write_table(table.set_column(table.column_names.index("is_click"), "is_click", pa.array(clicks)), log)
+    split = {"kind": "time", "column": "shown_at", "validation": 1_700_000_000 + 60 * 2_000}
+    split = ["--data.split", json.dumps(split | {"test": 1_700_000_000 + 60 * 2_600})]
+
+    def read(text: str) -> dict:
+        return json.loads(text.splitlines()[-1], parse_constant=pytest.fail)
+
+    capsys.readouterr()
+    assert train("--json", *split) == 0
+    found = read(capsys.readouterr().out)
+    assert found["test"]["click"]["auc"] is None and found["test"]["click"]["log_loss"] > 0
+    assert json.loads((tmp_path / "run/metrics.json").read_text(), parse_constant=pytest.fail) == found
+    assert train("--json", "--resume", *split) == 0 and read(capsys.readouterr().out) == found
+    assert train("--resume", *split) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"auc\s+│\s+-\s", said) and "nan" not in said
+    assert main(["evaluate", str(tmp_path / "run"), "--json"]) == 0
+    assert read(capsys.readouterr().out)["test"]["click"]["ne"] is None
+
+    data = ["--data.path", str(log), "--data.schema_file", str(schema_file), "--training.tensorboard", "false", *split]
+    command = ["compare", "rankmixer_parquet", "dlrm_mlp_parquet", "--seeds", "2", "--out", str(tmp_path / "c"), *data]
+    for _ in range(2):  # trained, and read
+        assert main([*command, "--json"]) == 0
+        found = read(capsys.readouterr().out)
+        assert json.loads((tmp_path / "c/report.json").read_text(), parse_constant=pytest.fail) == found
+        entry = found["models"][1]["tasks"]["click"]["auc"]
+        assert entry["values"] == [None, None] and entry["mean"] is None and not entry["resolved"]
+        text = (tmp_path / "c/report.md").read_text()
+        assert "| rankmixer_parquet | - |  | - |  | - |  |" in text and "nan" not in text
 
 
 def test_compare_reports_paired_intervals(train, log, schema_file, tmp_path, capsys):

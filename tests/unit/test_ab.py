@@ -307,6 +307,23 @@ def test_the_report(tmp_path: Path) -> None:
     assert text.startswith("# click per exposure") and "fewer than 100 units" in text
 
 
+@pytest.mark.parametrize("interval", ["delta", "bootstrap"])
+def test_a_control_without_any_outcome(tmp_path: Path, interval: str) -> None:
+    paths = experiment(tmp_path / "x", count=60)
+    arm = {row["user"]: row["model"] for file in paths[0].glob("*") for row in pq.read_table(file).to_pylist()}
+
+    def change(rows: pa.Table) -> pa.Table:
+        return pa.Table.from_pylist([row | {"click": int(arm[row["user"]] == "model_b")} for row in rows.to_pylist()])
+
+    rewrite(paths[1], change)
+    found = run(paths, interval=interval)
+    write(found, tmp_path / "out")
+    kept = json.loads((tmp_path / "out/ab.json").read_text(), parse_constant=pytest.fail)
+    assert kept["arms"][1]["lift"] is None and kept["arms"][1]["minimum_detectable"] is None
+    text = (tmp_path / "out/ab.md").read_text()
+    assert "nan" not in text and "| +1 [+1, +1] |" in text and text.count("| - |") == 1
+
+
 def test_what_cannot_be_analysed_is_said(tmp_path: Path) -> None:
     paths = experiment(tmp_path, count=50)
     rewrite(paths[1], lambda t: t.set_column(2, "time", pa.array(np.zeros(len(t)))))

@@ -327,6 +327,19 @@ def test_scores_that_are_no_numbers_are_named(world, tmp_path: Path) -> None:
     assert skew(str(unasked), run)["verdict"] == []
 
 
+def test_a_checkpoint_whose_scores_are_no_numbers_is_named(world, tmp_path: Path) -> None:
+    run, table = world
+    saved = checkpoint.load(run)
+    weights = {name: torch.full_like(tensor, float("nan")) for name, tensor in saved.weights.items()}
+    checkpoint.save(tmp_path / "broken", saved.run, saved.encoder, saved.layout, weights, {}, {})
+    found = skew(str(serve(run, table, tmp_path / "shown")), tmp_path / "broken")
+    assert len(found["verdict"]) == 2 and all("nan from the checkpoint's" in line for line in found["verdict"])
+    write(found, tmp_path / "report")
+    kept = json.loads((tmp_path / "report/skew.json").read_text(), parse_constant=pytest.fail)
+    assert kept["scores"][0]["largest_difference"] is None and kept["scores"][0]["mean_rescored"] is None
+    assert "| click | 360 | - | - | 0." in (tmp_path / "report/skew.md").read_text()
+
+
 def test_a_column_that_nobody_filled_in_is_named(world, tmp_path: Path) -> None:
     run, table = world
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from scalerec.results import shown, to_json
 from scalerec.studies.ab import FEW_UNITS, lift_text
 
 
 def write(found: dict[str, Any], out: Path) -> None:
     """ab.md and ab.json in the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "ab.json").write_text(json.dumps(found, indent=1))
+    (out / "ab.json").write_text(to_json(found, indent=1))
     (out / "ab.md").write_text(markdown(found))
 
 
@@ -34,7 +34,7 @@ def markdown(found: dict[str, Any]) -> str:
                  f"{entry['value']:.5g} [{entry['low']:.5g}, {entry['high']:.5g}]"]  # fmt: skip
         if "p" in entry:
             held = "" if entry["resolved"] else " *not resolved*"
-            cells += [f"{lift_text(entry)}{held}", f"{entry['p']:.2g}", f"{100 * entry['minimum_detectable']:.2f} %"]
+            cells += [f"{lift_text(entry)}{held}", f"{entry['p']:.2g}", shown(entry["minimum_detectable"], ".2%")]
         else:
             cells += ["control", "", ""]
         lines.append(f"| {entry['arm']} | {' | '.join(cells)} |")

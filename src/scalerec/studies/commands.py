@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.markdown import Markdown, TableElement
 from rich.table import Table
 
 from scalerec.errors import InputError
+from scalerec.results import to_json
 
 Add = Callable[..., argparse.ArgumentParser]  # (name, run, help, overridable) -> the command's parser
 
@@ -128,7 +128,7 @@ def _tell(found: dict[str, Any], markdown: Callable, write: Callable, options: a
     if options.out is not None:
         write(found, options.out)
     if options.json:
-        print(json.dumps(found))
+        print(to_json(found))
         return
     Console().print(Folding(markdown(found)))
     if options.out is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -24,6 +23,7 @@ from scalerec.errors import InputError
 from scalerec.evaluate import NEXT, Predictions
 from scalerec.hardware import cores
 from scalerec.models.sequential import SequentialConfig
+from scalerec.results import from_json, to_json
 from scalerec.studies import reference, report
 from scalerec.training.run import Run
 from scalerec.training.train import LOCK, alone, check_same, train
@@ -188,11 +188,11 @@ def _reference(run: Run, folder: Path, seed: int, say: Callable[[str], None]) ->
     if not (folder / "metrics.json").exists():
         say(f"training lightgbm, seed {seed}")
         found = reference.train(run, folder, seed)
-        checkpoint.write_atomically(folder / "metrics.json", json.dumps(found, indent=1))
+        checkpoint.write_atomically(folder / "metrics.json", to_json(found, indent=1))
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "metrics.json").read_text())
+    return from_json((folder / "metrics.json").read_text())
 
 
 def _row(

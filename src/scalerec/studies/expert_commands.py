@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from scalerec.errors import InputError
+from scalerec.results import shown, to_json
 
 Add = Callable[..., argparse.ArgumentParser]  # (name, run, help, overridable) -> the command's parser
 SHOWN = ("open", "dead", "load_cv", "entropy")
@@ -32,12 +32,12 @@ def experts(options: argparse.Namespace) -> None:
     figure = options.out or options.run_folder / "experts.png"
     draw(found, figure)
     if options.json:
-        return print(json.dumps(found))
+        return print(to_json(found))
     table = Table("layer", "token", "open", "dead", "load CV", "entropy", "features", title=f"{options.part} rows")
     for entry in found["tokens"]:
         features = ", ".join(entry["features"]).replace("[", "\\[")
-        table.add_row(str(entry["layer"]), str(entry["token"]), *(f"{entry[k]:.3f}" for k in SHOWN), features)
-    table.add_row("all", "", *(f"{found[k]:.3f}" for k in SHOWN), "")
+        table.add_row(str(entry["layer"]), str(entry["token"]), *(shown(entry[k], ".3f") for k in SHOWN), features)
+    table.add_row("all", "", *(shown(found[k], ".3f") for k in SHOWN), "")
     console = Console()
     console.print(table)
     share = found["active_expert_macs"] / found["expert_macs"]
@@ -65,7 +65,7 @@ def sparsity(options: argparse.Namespace) -> None:
     base, command = options.run_of(options.recipe, options.changes), "scalerec " + " ".join(sys.argv[1:])
     choices = {name: getattr(options, name) for name in ("experts", "ratios", "seeds", "workers")}
     found = study(base, options.out, **choices, command=command)
-    print(json.dumps(found) if options.json else f"kept in {options.out}: report.md, sparsity.json, sparsity.png")
+    print(to_json(found) if options.json else f"kept in {options.out}: report.md, sparsity.json, sparsity.png")
 
 
 def _ratios(text: str) -> tuple[float, ...]:

@@ -43,7 +43,7 @@ class Lift(NamedTuple):
     difference: float
     low: float
     high: float
-    lift: float  # difference / rate of a
+    lift: float  # difference / rate of a, NaN where that is 0
     lift_low: float | None  # None: the rate of a itself may be 0, so its multiple can be anything
     lift_high: float | None
     p: float  # two-sided, of no difference

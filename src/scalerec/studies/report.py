@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import platform
 import subprocess
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 
 import scalerec
 from scalerec.hardware import cores
+from scalerec.results import shown, to_json
 
 TITLES = {"auc": "AUC", "uauc": "UAUC", "ne": "NE"}
 SMALL_TEST = 50_000  # rows; below it a report says that the test set is small
@@ -27,7 +28,7 @@ def machine() -> dict[str, Any]:
 
 def write(found: dict[str, Any], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    (out / "report.json").write_text(json.dumps(found, indent=1))
+    (out / "report.json").write_text(to_json(found, indent=1))
     (out / "report.md").write_text(markdown(found))
     _figure(found, out / "report.png")
 
@@ -56,20 +57,23 @@ def markdown(found: dict[str, Any]) -> str:
                 lines.append(f"| {model['name']} | {' | '.join(cells)} |")
         best = found["best_reachable"].get(task)
         if best:
-            lines.append(f"| *best reachable* | {best['auc']:.4f} | | {best['uauc']:.4f} | | {best['ne']:.4f} | |")
+            cells = " | | ".join(shown(best[metric], ".4f") for metric in metrics)
+            lines.append(f"| *best reachable* | {cells} | |")
     facts = ", ".join(f"{key} {value}" for key, value in found["machine"].items() if value)
     lines += ["", f"Command: `{found['command']}`", "", f"Machine: {facts}", ""]
     return "\n".join(lines)
 
 
 def _cells(entry: dict[str, Any]) -> tuple[str, str]:
+    if math.isnan(entry["mean"]):
+        return "-", "-" if "difference" in entry else ""
     value = f"{entry['mean']:.4f}"
     if len(entry["values"]) > 1:
         value += f" ± {entry['spread']:.4f}"
     if "difference" not in entry:
         return value, ""
-    change = f"{100 * entry['difference']:+.2f} [{100 * entry['low']:+.2f}, {100 * entry['high']:+.2f}]"
-    return value, change if entry["resolved"] else f"{change} *not resolved*"
+    change, low, high = (shown(100 * entry[key], "+.2f") for key in ("difference", "low", "high"))
+    return value, f"{change} [{low}, {high}]" + ("" if entry["resolved"] else " *not resolved*")
 
 
 def _figure(found: dict[str, Any], path: Path) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from scalerec.results import shown, to_json
 
 MOST_COLUMNS = 40  # in the picture
 
@@ -12,7 +13,7 @@ MOST_COLUMNS = 40  # in the picture
 def write(found: dict[str, Any], out: Path) -> None:
     """skew.md, skew.json and skew.png in the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "skew.json").write_text(json.dumps(found, indent=1))
+    (out / "skew.json").write_text(to_json(found, indent=1))
     (out / "skew.md").write_text(markdown(found) + "\n![share of rows that differ](skew.png)\n")
     _figure(found, out / "skew.png")
 
@@ -85,9 +86,9 @@ def _scores(entries: list[dict[str, Any]]) -> list[str]:
     for entry in (entry for entry in entries if entry["rows"]):
         ranks = ("" if entry[key] is None else f"{entry[key]:.6f}"
                  for key in ("rank_correlation", "rank_correlation_in_request"))  # fmt: skip
-        lines.append(f"| {_escape(entry['task'])} | {entry['rows']:,} | {entry['largest_difference']:.2g} | "
-                     f"{entry['mean_difference']:.2g} | {entry['mean_served']:.4f}, {entry['mean_rescored']:.4f} | "
-                     f"{' | '.join(ranks)} |")  # fmt: skip
+        gaps = (shown(entry[key], ".2g") for key in ("largest_difference", "mean_difference"))
+        means = ", ".join(shown(entry[key], ".4f") for key in ("mean_served", "mean_rescored"))
+        lines.append(f"| {_escape(entry['task'])} | {entry['rows']:,} | {' | '.join([*gaps, means, *ranks])} |")
     return lines
 
 

@@ -6,7 +6,6 @@ of them together are E times the dense model and one of E costs what the dense m
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from scalerec.data.loader import Loader
 from scalerec.data.reader import ParquetRows
 from scalerec.errors import InputError
 from scalerec.evaluate import BATCH
+from scalerec.results import to_json
 from scalerec.studies.compare import compare
 from scalerec.studies.experts import figures, frequency
 from scalerec.training.run import Run
@@ -57,7 +57,7 @@ def sparsity(
         "command": command, "experts": experts, "seeds": seeds, "machine": found["machine"], "series": series,
         "reference": dense.name, "dense": {"name": base.name, "tasks": models[base.name]["tasks"]},
     }  # fmt: skip
-    write_atomically(out / "sparsity.json", json.dumps(result, indent=1))
+    write_atomically(out / "sparsity.json", to_json(result, indent=1))
     draw(result, out / "sparsity.png")
     return result
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from scalerec.checkpoint import write_atomically
+from scalerec.results import shown, to_json
 
 SHOWN = ("auc", "uauc", "log_loss", "calibration", "hr@10", "hr@50", "hr@200", "ndcg@10", "mrr")
 
@@ -70,9 +71,9 @@ class Log:
     def write(self, kind: str, step: int, values: dict[str, Any], seconds: float) -> None:
         entry = {"kind": kind, "step": step, **values, "seconds": round(seconds, 3)}
         with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(to_json(entry) + "\n")
         for task, table in values.get("tasks", {}).items():
-            line = "  ".join(f"{name} {table[name]:.4f}" for name in SHOWN if name in table)
+            line = "  ".join(f"{name} {shown(table[name], '.4f')}" for name in SHOWN if name in table)
             self.say(f"step {step}  {kind}  {task:<10} {line}")
         self._to_tensorboard(kind, step, values)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -27,6 +26,7 @@ from scalerec.features.encoder import Encoder
 from scalerec.hardware import keep_freed_memory
 from scalerec.losses import total
 from scalerec.models.base import Model
+from scalerec.results import from_json, to_json
 from scalerec.schema import Schema
 from scalerec.training.generators import generator_states, restore_generators
 from scalerec.training.log import Log
@@ -266,7 +266,7 @@ class Training:
     def _point_to_best(self) -> None:
         if self.state.best:
             best = {"checkpoint": self.state.best, self.config.select: self.state.best_value}
-            checkpoint.write_atomically(self.out / "best.json", json.dumps(best))
+            checkpoint.write_atomically(self.out / "best.json", to_json(best))
 
 
 def check_same(earlier: checkpoint.Checkpoint, run: Run, out: Path) -> None:
@@ -308,7 +308,7 @@ def train(run: Run, out: Path, *, resume: bool = False, warm_start: Path | None 
     done = out / "metrics.json"
     if resume and done.exists():
         check_same(checkpoint.load(out), run, out)
-        return json.loads(done.read_text())
+        return from_json(done.read_text())
     with alone(out), Log(out, quiet=quiet, tensorboard=run.training.tensorboard) as log:
         training = Training(run, out, resume=resume, warm_start=warm_start, log=log)
         training.fit()
@@ -321,5 +321,5 @@ def train(run: Run, out: Path, *, resume: bool = False, warm_start: Path | None 
         found["parameters"] = {**training.model.parts(), "embedding": training.encoder.layout.embedding_parameters}
         sample = next(iter(Loader(training.rows, training.encoder, "test", FLOPS_SAMPLE)))
         found["flops_per_row"] = training.model.flops(sample) / len(sample)
-        checkpoint.write_atomically(done, json.dumps(found, indent=1))
+        checkpoint.write_atomically(done, to_json(found, indent=1))
     return found
