@@ -307,6 +307,16 @@ def test_the_report(tmp_path: Path) -> None:
     assert text.startswith("# click per exposure") and "fewer than 100 units" in text
 
 
+@pytest.mark.parametrize(("more", "form"), [(0, ",.0f"), (0.25, ",.2f")])
+def test_large_outcomes_are_shown_whole(tmp_path: Path, more: float, form: str) -> None:
+    paths = experiment(tmp_path, count=60)
+    rewrite(paths[1], lambda t: t.set_column(4, "spent", pa.array(t["spent"].to_numpy() * 12_345 + more)))
+    found = run(paths, label="spent")
+    assert all(entry["outcome"] > 1e6 for entry in found["arms"])
+    rows = [line.split(" | ") for line in markdown(found).splitlines() if line.startswith("| model_")]
+    assert [row[2] for row in rows] == [format(entry["outcome"], form) for entry in found["arms"]]
+
+
 @pytest.mark.parametrize("interval", ["delta", "bootstrap"])
 def test_a_control_without_any_outcome(tmp_path: Path, interval: str) -> None:
     paths = experiment(tmp_path / "x", count=60)

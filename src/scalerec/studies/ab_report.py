@@ -29,8 +29,9 @@ def markdown(found: dict[str, Any]) -> str:
         f"| arm | units | {found['label']} | per {per} | lift | p | minimum detectable lift |",
         "|---|---:|---:|---:|---|---:|---:|",
     ]  # fmt: skip
+    counted = all(entry["outcome"].is_integer() for entry in found["arms"])  # else it is an amount
     for entry in found["arms"]:
-        cells = [f"{entry['units']:,}", f"{entry['outcome']:,g}",
+        cells = [f"{entry['units']:,}", format(entry["outcome"], ",.0f" if counted else ",.2f"),
                  f"{entry['value']:.5g} [{entry['low']:.5g}, {entry['high']:.5g}]"]  # fmt: skip
         if "p" in entry:
             held = "" if entry["resolved"] else " *not resolved*"
