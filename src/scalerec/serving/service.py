@@ -62,16 +62,15 @@ class Service:
         """Of a column that several tables of `users` have the first one's counts; `loading` is for activations."""
         self.settings, self.models, self.states, self.users, self._loading = settings, models, states, users, loading
         self._row = lru_cache(ROWS, typed=True)(self._joined)
-        for name in models.by_name:
-            self._keep(name)
+        for served in models.by_name.values():
+            self._keep(served)
         states.all_used()
         self.metrics = Metrics(self._readings)
         self.exposures = ExposureLog(settings, self.metrics) if settings.exposures else None
         self.draining = False
         self.in_flight = 0
-        limits = settings.limits
-        self._reads = Lane("reads", workers=16, waiting=limits.in_flight)
-        self._writes = Lane("writes", workers=4, waiting=limits.writes)
+        self._reads = Lane("reads", workers=16, waiting=settings.limits.in_flight)
+        self._writes = Lane("writes", workers=4, waiting=settings.limits.writes)
         self._explains = Lane("explains", workers=1, waiting=8)
         self._numbers, self._prefix = count(), os.urandom(6).hex()
         self._watching: asyncio.Task | None = None
@@ -227,13 +226,12 @@ class Service:
 
     async def activate(self, name: str, request: ActivateRequest) -> Answer:
         version, previous = await self.models.activate(name, request.path, self._open)
-        self._keep(name)
+        self._keep(self.models.by_name[name])
         return {"name": name, "version": version, "previous": previous}
 
-    def _keep(self, name: str) -> None:
+    def _keep(self, served: Served) -> None:
         """Take up events as this model needs them."""
-        served = self.models.by_name[name]
-        self.states.add(name, served.columns, kinds_of(served.bundle.encoder), served.engine.catalogue.row)
+        self.states.add(served.name, served.columns, kinds_of(served.bundle.encoder), served.engine.catalogue.row)
 
     def _open(self, folder: Path) -> Served:
         """A bundle whose histories this service keeps."""
@@ -311,8 +309,7 @@ class Service:
             raise Refused(422, f"model {served.name!r} retrieves and does not rank: name another", "model")
         if len(request.candidates) > most:
             raise Refused(422, f"at most {most:,} here, not {len(request.candidates):,}", "candidates")
-        ids: list[Any] = []
-        own: list[Mapping[str, Any]] = []
+        ids, own = list[Any](), list[Mapping[str, Any]]()
         if not set(map(type, request.candidates)) & {Candidate}:  # nearly always: ids alone
             ids = request.candidates
             served.columns.candidates(ids)
