@@ -116,7 +116,7 @@ def best(path: Path) -> Path:
     found = saved(path)
     if not found:
         raise InputError(f"{path}: no checkpoint there; train one with `scalerec train RECIPE --out {path}`")
-    if not json.loads((found[-1] / "state.json").read_text())["step"]:
+    if json.loads((found[-1] / "state.json").read_text()).get("step") == 0:
         raise InputError(f"{path}: nothing is trained yet; go on with `scalerec train ... --out {path} --resume`")
     return found[-1]
 

@@ -73,7 +73,6 @@ def seen():
     return dict(os.environ), list(warnings.filters), list(logging.getLogger().handlers), threading.active_count()
 before = seen()
 import scalerec
-from scalerec import cli
 assert seen() == before, "the environment, the warnings, the logging or the threads changed"
 heavy = {"torch", "numpy", "pyarrow", "pydantic", "matplotlib", "rich"} & set(sys.modules)
 assert not heavy, f"imported {sorted(heavy)}"
