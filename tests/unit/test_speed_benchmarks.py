@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import hstu_attention, machine, scaling, training_step, turns
+from benchmarks import hstu_attention, machine, scaling, stochastic_length, training_step, turns
 from benchmarks.peers import __main__ as peers
 from benchmarks.training_step import Case, Product, Watch, quickest
+from scalerec.config import override
+from scalerec.data.transforms import StochasticLength
 from scalerec.models.rankmixer import RankMixerConfig
+from scalerec.recipes.sequences import hstu_dirichlet
 
 
 def test_every_way_of_a_product_gives_it():
@@ -125,3 +129,17 @@ def test_a_point_of_the_scaling_figure(tmp_path):
                for axis, values in scaling.SWEEPS.items() for value in values]  # fmt: skip
     scaling.draw(entries, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_stochastic_length_leaves_out_what_its_chances_say(tmp_path, monkeypatch):
+    """Of equally long histories, by the expectation of the transform."""
+    monkeypatch.setenv("SCALEREC_CACHE", str(tmp_path / "cache"))
+    small = {"items": 100, "categories": 4, "sequences": 600, "length": 65}
+    run = override(hstu_dirichlet(), {f"data.of.{name}": str(value) for name, value in small.items()})
+    monkeypatch.setattr(stochastic_length, "find", lambda recipe: run)
+    found = stochastic_length.measure(["1.2", "1.6"], 1)
+    for alpha in ("1.2", "1.6"):
+        expected = StochasticLength(alpha=float(alpha)).sparsity(np.full(1, 64), 64)
+        assert found[f"sparsity_{alpha}"] == pytest.approx(expected, abs=0.03)
+        assert found[f"speedup_{alpha}_low"] <= found[f"speedup_{alpha}"] <= found[f"speedup_{alpha}_high"]
+    assert found["sparsity_1.2"] > found["sparsity_1.6"] > 0
