@@ -54,6 +54,7 @@ class Service:
         common = {"precision": "fp32", "ranks": True, "tasks": ["like", "dislike"], "items": ITEMS, "log": LOG}
         first = {"name": "rankmixer", "version": VERSION, "active": True, "default": True, "context": context}
         other = {"name": "hstu", "version": "b81d3e9a0c55", "active": False, "default": False, "context": {}}
+        common["context_columns"] = [*context, "age"]
         return [first | common | {"retrieves": self.retrieves}, other | common | {"retrieves": False}]
 
     def user(self, name: str) -> dict:
