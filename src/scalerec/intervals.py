@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -25,10 +25,7 @@ if TYPE_CHECKING:
 Array = np.ndarray
 
 
-class Measure(NamedTuple):
-    """A number that can be worked out anew for every draw."""
-
-    value: Callable[[Array], Array]  # draws of each user [U] -> number of each seed [S]
+Measure = Callable[[Array], Array]  # draws of each user [U] -> a number for each seed [S], worked out anew
 
 
 @dataclass(frozen=True)
@@ -45,12 +42,12 @@ class Estimate:
         """The mean over seeds, for other users and other seeds; with one seed, for other users."""
         from scipy.special import stdtrit  # here, or every start of a command would wait for it
 
-        values = measure.value(np.ones(users))
+        values = measure(np.ones(users))
         random = np.random.default_rng(seed)
         means = np.empty(replicates)
         for r in range(replicates):
             counts = np.bincount(random.integers(users, size=users), minlength=users)
-            means[r] = measure.value(counts.astype(np.float64)).mean()
+            means[r] = measure(counts.astype(np.float64)).mean()
         means = means[~np.isnan(means)]  # a draw without positives has no AUC
         seeds = len(values)
         of_users = means.var(ddof=1) if len(means) > 1 else float("nan")

@@ -246,12 +246,13 @@ def paired_bootstrap(
 ) -> Difference:  # fmt: skip
     """How b differs from a on the same redrawn users, seed by seed; scores [S, n], or [n] for one seed."""
     sample = _Sample(users, labels)
-    a, b = sample.measure(scores_a, metric), sample.measure(scores_b, metric)
-    seeds_a, seeds_b = (len(np.atleast_2d(np.asarray(scores))) for scores in (scores_a, scores_b))
-    if seeds_a != seeds_b:
-        raise InputError(f"a has {seeds_a} seeds and b {seeds_b}: a paired comparison needs the same number")
-    change = Measure(lambda counts: b.value(counts) - a.value(counts))
-    return Difference.of(change, sample.users, replicates, seed)
+    models_a, models_b = (np.atleast_2d(np.asarray(scores)) for scores in (scores_a, scores_b))
+    a, b = sample.measure(models_a, metric), sample.measure(models_b, metric)
+    if len(models_a) != len(models_b):
+        raise InputError(
+            f"a has {len(models_a)} seeds and b {len(models_b)}: a paired comparison needs the same number"
+        )
+    return Difference.of(lambda counts: b(counts) - a(counts), sample.users, replicates, seed)
 
 
 class _Sample:
@@ -270,7 +271,7 @@ class _Sample:
         build = {"auc": self._auc, "uauc": self._uauc, "log_loss": self._loss, "ne": self._loss}
         if metric not in build:
             raise InputError(f"no metric {metric!r} to bootstrap: choose one of {', '.join(build)}")
-        return Measure(build[metric](models, metric))
+        return build[metric](models, metric)
 
     def _auc(self, models: Array, metric: Metric):
         rankings = [_Ranking(self.clicked, _scores(model, len(self.clicked)), self.owner) for model in models]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scalerec.batch import Jagged
 from scalerec.errors import InputError
-from scalerec.intervals import Difference, Measure, owners
+from scalerec.intervals import Difference, owners
 
 PIECE = 2**21  # scores in memory at a time
 METRICS = (
@@ -102,8 +102,7 @@ def paired_bootstrap(
     owner, count = owners(users, a.shape[1])
     rows = np.bincount(owner, minlength=count).astype(np.float64)
     changes = np.stack([np.bincount(owner, change, minlength=count) for change in b - a])  # [S, users]
-    measure = Measure(lambda draws: (changes @ draws) / (rows @ draws))
-    return Difference.of(measure, count, replicates, seed)
+    return Difference.of(lambda draws: (changes @ draws) / (rows @ draws), count, replicates, seed)
 
 
 def _places(places: ArrayLike | Tensor) -> np.ndarray:

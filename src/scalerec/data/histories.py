@@ -41,9 +41,13 @@ def with_histories(files: list[Path], schema: Schema, progress: Callable[[str], 
             f"{files[0]}: has the list column {has!r} and not {absent[0]!r}: bring the lists of all sequences, or none "
             "of them to have them made"
         )
-    stamps = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    identity = {"version": VERSION, "files": stamps, "schema": schema.model_dump(mode="json")}
+    identity = {"version": VERSION, "files": stamps(files), "schema": schema.model_dump(mode="json")}
     return kept("histories", identity, lambda folder: _replay(files, schema, folder, progress))
+
+
+def stamps(files: list[Path]) -> list[tuple[str, int, int]]:
+    """Path, size and time of change of each file: other ones are another log."""
+    return [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def _replay(files: list[Path], schema: Schema, folder: Path, progress: Callable[[str], None]) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def _feature(name: str, column: pa.ChunkedArray) -> Feature | None:
     if distinct < 2 or pa.types.is_nested(kind) or pa.types.is_binary(kind):
         return None
     note["note"] = f"{distinct:,} distinct values in {len(column):,} rows"
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+    if _is_text(column):
         cut = next((s for s in "|;," if _share_with(column, s) > 0.5), None)
         if cut:
             return MultiCategorical(name=name, separator=cut, **note)
@@ -132,8 +132,7 @@ def _feature(name: str, column: pa.ChunkedArray) -> Feature | None:
 
 
 def _is_text(column: pa.ChunkedArray) -> bool:
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
 
 
 def _is_unlike(column: pa.ChunkedArray) -> bool:

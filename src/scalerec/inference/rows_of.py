@@ -61,10 +61,7 @@ def item_rows(run: Path | Checkpoint) -> ItemRows:
     popularity, latest, recent = Counter(), _Latest(schema.item), _Recent()
     shown = _shown_sequence(schema)
     found = pq.read_schema(log.row_groups[0].file)
-    read = [
-        *schema.input_columns(),
-        *([schema.time] if schema.time else []),
-    ]  # a request's time, read by features or not
+    read = [*schema.input_columns(), *([schema.time] if schema.time else [])]  # requests have a time in any case
     types = {name: str(found.field(name).type) for name in read if name in found.names}
     more = [name for name in (schema.new_events, schema.time) if name]
     lists_of = [] if shown is None else shown.list_columns()

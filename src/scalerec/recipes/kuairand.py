@@ -13,8 +13,8 @@ from scalerec.layers.experts import ExpertsConfig
 from scalerec.models.base import ModelConfig
 from scalerec.models.dcnv2 import DCNv2Config
 from scalerec.models.dlrm_mlp import DLRMMLPConfig
-from scalerec.models.hstu import HSTUConfig
 from scalerec.models.rankmixer import RankMixerConfig
+from scalerec.recipes.sequences import ranking_model
 from scalerec.training.optim import OptimizerConfig
 from scalerec.training.run import Run, TrainingConfig
 
@@ -79,10 +79,7 @@ def hstu_kuairand() -> Run:
     """The generative ranker on the same rows: numbers and crosses left out, the log as sequences."""
     fields = ("author_id", "main_tag", "music_id", "tab")
     data = Sequences(of=KuaiRand(), max_len=100, fields=fields, auxiliary=("tab",))
-    model = HSTUConfig(
-        goal="ranking", dim=64, num_layers=3, num_heads=2, qk_dim=32, v_dim=32, actions="interleaved", context=False,
-        dropout=0.1,
-    )  # fmt: skip
+    model = ranking_model(context=False)
     optimizer = OptimizerConfig(dense="adamw", lr=1e-3, embedding_lr=0.02)
     training = TrainingConfig(epochs=1, batch_size=64, window_rows=16_384, optimizer=optimizer)
     return Run(name="hstu_kuairand", data=data, model=model, training=training)

@@ -14,8 +14,8 @@ from scalerec.data.sources.sequences import Sequences
 from scalerec.models.base import ModelConfig
 from scalerec.models.dcnv2 import DCNv2Config
 from scalerec.models.dlrm_mlp import DLRMMLPConfig
-from scalerec.models.hstu import HSTUConfig
 from scalerec.models.rankmixer import RankMixerConfig
+from scalerec.recipes.sequences import ranking_model
 from scalerec.training.optim import OptimizerConfig
 from scalerec.training.run import Run, TrainingConfig
 
@@ -65,7 +65,4 @@ def hstu_ranking_movielens_1m() -> Run:
 def _hstu(name: str, log: Source) -> Run:
     fields, context = ("year", "genre_set"), ("age", "gender", "occupation")
     data = Sequences(of=log, max_len=100, session_events=100, fields=fields, context=context)
-    model = HSTUConfig(
-        goal="ranking", dim=64, num_layers=3, num_heads=2, qk_dim=32, v_dim=32, actions="interleaved", dropout=0.1
-    )
-    return _run(name, data, model, batch_size=64, window_rows=16_384)
+    return _run(name, data, ranking_model(), batch_size=64, window_rows=16_384)

@@ -14,7 +14,7 @@ from scalerec.models.dlrm_mlp import DLRMMLPConfig
 from scalerec.models.hstu import HSTUConfig
 from scalerec.models.rankmixer import RankMixerConfig
 from scalerec.models.sasrec import SASRecConfig
-from scalerec.recipes.sequences import WIDTH, retrieval_training
+from scalerec.recipes.sequences import WIDTH, ranking_model, retrieval_in_time
 from scalerec.training.optim import OptimizerConfig
 from scalerec.training.run import Run, TrainingConfig
 
@@ -26,9 +26,7 @@ def _ranking(name: str, data: Source, model: ModelConfig, batch_size: int = 1024
 
 
 def _retrieval(name: str, model: ModelConfig) -> Run:
-    data = Sequences(of=Parquet(), protocol="time", max_len=200, actions=False)
-    training = retrieval_training(epochs=30, select="ndcg@10", patience=2)
-    return Run(name=name, data=data, model=model, training=training, dim=WIDTH)
+    return retrieval_in_time(name, Parquet(), model, epochs=30, max_len=200)
 
 
 def rankmixer_parquet() -> Run:
@@ -45,10 +43,7 @@ def dlrm_mlp_parquet() -> Run:
 
 def hstu_ranking_parquet() -> Run:
     data = Sequences(of=Parquet(), max_len=100, session_events=100)
-    model = HSTUConfig(
-        goal="ranking", dim=64, num_layers=3, num_heads=2, qk_dim=32, v_dim=32, actions="interleaved", dropout=0.1
-    )
-    return _ranking("hstu_ranking_parquet", data, model, batch_size=64)
+    return _ranking("hstu_ranking_parquet", data, ranking_model(), batch_size=64)
 
 
 def hstu_parquet() -> Run:

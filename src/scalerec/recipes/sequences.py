@@ -29,16 +29,31 @@ WIDTH = 50
 
 def _run(name: str, source: Source, model: ModelConfig, epochs: int = EPOCHS) -> Run:
     data = Sequences(of=source, protocol="public", max_len=200, actions=False)
-    training = retrieval_training(epochs=epochs, select="last", evaluate_every=480, save_every=240)
+    training = _training(epochs=epochs, select="last", evaluate_every=480, save_every=240)
     return Run(name=name, data=data, model=model, training=training, dim=WIDTH)
 
 
-def retrieval_training(**options: Any) -> TrainingConfig:
+def _training(**options: Any) -> TrainingConfig:
     """Batches, negatives and optimiser of the published runs."""
     optimizer = OptimizerConfig(dense="adamw", lr=1e-3, betas=(0.9, 0.98), embedding="dense", clip=0)
     return TrainingConfig(
         batch_size=128, window_rows=8192, optimizer=optimizer, negatives=Negatives(count=128), **options
     )
+
+
+def retrieval_in_time(name: str, source: Source, model: ModelConfig, *, epochs: int, max_len: int) -> Run:
+    """Cut in time by the source's split, and stopped by its validation rows."""
+    data = Sequences(of=source, protocol="time", max_len=max_len, actions=False)
+    training = _training(epochs=epochs, select="ndcg@10", patience=2)
+    return Run(name=name, data=data, model=model, training=training, dim=WIDTH)
+
+
+def ranking_model(**options: Any) -> HSTUConfig:
+    """HSTU as a ranker of some 0.1 M dense parameters."""
+    return HSTUConfig(
+        goal="ranking", dim=64, num_layers=3, num_heads=2, qk_dim=32, v_dim=32, actions="interleaved", dropout=0.1,
+        **options,
+    )  # fmt: skip
 
 
 def hstu_movielens_1m() -> Run:
@@ -77,6 +92,4 @@ def sasrec_dirichlet() -> Run:
 
 
 def _dirichlet(name: str, model: ModelConfig) -> Run:
-    data = Sequences(of=Dirichlet(), protocol="time", max_len=64, actions=False)
-    training = retrieval_training(epochs=10, select="ndcg@10", patience=2)
-    return Run(name=name, data=data, model=model, training=training, dim=WIDTH)
+    return retrieval_in_time(name, Dirichlet(), model, epochs=10, max_len=64)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from scalerec import config
-from scalerec.data.histories import with_histories
+from scalerec.data.histories import stamps, with_histories
 from scalerec.data.reader import ParquetRows, find_parquet
 from scalerec.data.source import Prepared, Source, Split
 from scalerec.data.split import NoSplit, RandomSplit, TimeSplit, times_of
@@ -92,8 +92,7 @@ class Parquet(Source):
         return TimeSplit(column=column, validation=float(cuts[validation]), test=float(cuts[test]))
 
     def identity(self) -> dict[str, Any]:
-        stamps = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in self.files()]
-        return {**super().identity(), "files": stamps, "schema": self.schema().model_dump(mode="json")}
+        return {**super().identity(), "files": stamps(self.files()), "schema": self.schema().model_dump(mode="json")}
 
 
 def _times(rows: ParquetRows, column: str) -> Iterator[np.ndarray]:
