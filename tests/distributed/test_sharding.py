@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 import scalerec
 from scalerec import checkpoint, evaluate
 from scalerec.distributed.placement import check, place, pooled_tables
-from scalerec.distributed.ranks import add_over_ranks, average_gradients, join, rank, world
+from scalerec.distributed.ranks import add_over_ranks, average_gradients, join, leave, rank, world
 from scalerec.errors import InputError
 from scalerec.features.encoder import Encoder
 from scalerec.features.layout import Table
@@ -204,7 +204,7 @@ def work(out):
     (vectors[0] if rank() else torch.cat([v.flatten() for v in vectors])).sum().backward()
     if rank() == 0:
         (out / "homes.json").write_text(json.dumps(homes))
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ import pytest
 
 from tests import redis_server
 from tests.e2e.running import ITEMS, START, Running, make_bundles
+from tests.waiting import wait_for
 
 LATER = START + 10_000_000
 
@@ -118,12 +119,15 @@ def test_a_swap_under_load_drops_no_request(bundle, tmp_path):
         threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
         for thread in threads:
             thread.start()
-        found = [service.post("models/shop/activate", {"path": str(tmp_path / name)}) for name in ("two", "one")]
-        time.sleep(0.3)
+        activated = set()
+        for name in ("two", "one"):
+            found = service.post("models/shop/activate", {"path": str(tmp_path / name)})
+            activated.add(found["version"])
+            wait_for(lambda version=found["version"]: version in versions or failed)
         stop.set()
         for thread in threads:
             thread.join()
-        assert not failed and versions == {one["version"] for one in found}
+        assert not failed and versions == activated
         (tmp_path / "two" / "items.parquet").write_bytes(b"PAR1 nothing")
         refused = service.post("models/shop/activate", {"path": str(tmp_path / "two")}, 422)
         assert refused["field"] == "path" and "items.parquet" in refused["error"]
@@ -176,13 +180,6 @@ def test_redis_goes_away_and_comes_back(bundle, tmp_path):
         assert "store_failed" in {json.loads(line)["event"] for line in service.lines}
     finally:
         redis.kill()
-
-
-def wait_for(true: Any) -> None:
-    until = time.monotonic() + 15
-    while not true():
-        assert time.monotonic() < until
-        time.sleep(0.1)
 
 
 def serve(*words: Any) -> subprocess.CompletedProcess:

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from benchmarks import sparse_experts as benchmark
 from scalerec import checkpoint, evaluate
 from scalerec.config import override
 from scalerec.data.sources.synthetic import Synthetic
+from scalerec.distributed.ranks import join, leave, rank
 from scalerec.errors import InputError
 from scalerec.layers.experts import WEAKEST, ExpertsConfig, RouterStep, SparsityControl
 from scalerec.models.rankmixer import RankMixer, RankMixerConfig
@@ -187,13 +187,12 @@ def test_the_benchmark_runs(cache, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def reduce() -> None:
     """One of two processes: half of the gates open here, none there."""
-    dist.init_process_group("gloo")
+    join()
     control = SparsityControl(0.2, 1.1, damped=False)
-    rank = dist.get_rank()
     for share in (0.5, 0.3):  # together .25, then .15
-        control.update(RouterStep(opened=[torch.full((2, 4), 10.0 * share * (rank == 0))], served=10))
-        sys.stdout.write(f"{rank} {float(control.strength / WEAKEST)}\n")  # whole lines: both write into one pipe
-    dist.destroy_process_group()
+        control.update(RouterStep(opened=[torch.full((2, 4), 10.0 * share * (rank() == 0))], served=10))
+        sys.stdout.write(f"{rank()} {float(control.strength / WEAKEST)}\n")  # whole lines: both write into one pipe
+    leave()
 
 
 @pytest.mark.distributed
@@ -206,8 +205,8 @@ def test_processes_agree_on_lambda():
     assert done.returncode == 0, done.stderr
     found: dict[str, list[float]] = {"0": [], "1": []}
     for line in done.stdout.splitlines():
-        rank, value = line.split()
-        found[rank].append(round(float(value), 4))
+        process, value = line.split()
+        found[process].append(round(float(value), 4))
     assert found["0"] == found["1"] == [1.1, 1.0]
 
 

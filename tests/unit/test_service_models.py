@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import threading
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from scalerec.serving.service import Service
 from scalerec.serving.states import States
 from tests.contract.world import SCHEMA, make_world
 from tests.unit.serving import bundle_of, client_of, event, served_of, service_of, settings_of
+from tests.waiting import wait_for
 
 
 @pytest.fixture(scope="module")
@@ -98,20 +98,16 @@ def test_a_swap_under_load_drops_no_request(world, tmp_path):
         threads = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
         for thread in threads:
             thread.start()
-        time.sleep(0.3)
         first = service.models.by_name["rankmixer"]
+        wait_for(lambda: seen["v1"] or failed)
         for number in range(4):
             found = activate(client, "rankmixer", path=str(tmp_path / "one"))
             assert found == {"name": "rankmixer", "version": f"v{number + 2}", "previous": f"v{number + 1}"}
-            time.sleep(0.2)
+            wait_for(lambda version=found["version"]: seen[version] or failed)
         stop.set()
         for thread in threads:
             thread.join()
-        for _ in range(100):
-            if all(one.ranking._closed for one in (first, *made[:-1])):
-                break
-            time.sleep(0.02)
-        assert all(one.ranking._closed for one in (first, *made[:-1]))  # and the old ones are gone
+        wait_for(lambda: all(one.ranking._closed for one in (first, *made[:-1])))  # and the old ones are gone
         assert not made[-1].ranking._closed
     assert not failed and set(seen) == {"v1", "v2", "v3", "v4", "v5"}
 

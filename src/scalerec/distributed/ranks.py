@@ -28,6 +28,17 @@ def join() -> torch.device:
     return device
 
 
+def leave() -> None:
+    """Part from the processes that `join` met; the last thing a process does.
+
+    Threads of gloo hold tensors for a moment after an exchange; one that lets go of them while Python ends aborts the
+    process. Waiting for the others gives it that moment.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def world() -> int:
     """The number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
