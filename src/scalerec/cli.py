@@ -187,7 +187,7 @@ def data(options: argparse.Namespace) -> None:
     }
     if options.json:
         print(to_json(found))
-        return check_parts(parts)  # after what was found: the counts show what has to change
+        return check_parts(parts, schema, run.model.ranks)  # after what was found: the counts show what has to change
     table = Table("part", "rows", *(f"{task}" for task in parts["train"].positives))
     for part, counts in parts.items():
         shares = (f"{n / max(counts.counted[task], 1):.2%}" for task, n in counts.positives.items())
@@ -195,7 +195,7 @@ def data(options: argparse.Namespace) -> None:
     out.print(table)
     for key, value in prepared.notes.items():
         out.print(f"{key}: {value}", highlight=False, markup=False, soft_wrap=True)
-    check_parts(parts)
+    check_parts(parts, schema, run.model.ranks)
 
 
 def schema(options: argparse.Namespace) -> None:

@@ -29,7 +29,7 @@ from scalerec.batch import Batch
 from scalerec.data import loader as loader_module
 from scalerec.data import reader
 from scalerec.data.loader import Loader, Position, ahead
-from scalerec.data.reader import ParquetRows, check_parts, count_parts, find_parquet
+from scalerec.data.reader import ParquetRows, PartCounts, check_parts, count_parts, find_parquet
 from scalerec.data.split import PARTS, NoSplit, Part, RandomSplit, Split, TimeSplit
 from scalerec.errors import InputError
 from scalerec.features.encoder import Encoder
@@ -398,13 +398,14 @@ def test_parts_are_counted_and_must_be_usable(tmp_path):
         "validation": (9, 4),
         "test": (11, 6),
     }
-    check_parts(counts)
+    check_parts(counts, SCHEMA)
     for test, words in (
         (19.9, "the validation part holds no rows"),
         (20.5, "all 1 validation rows that count are of one class"),
     ):
+        counts = count_parts(ParquetRows(files, TimeSplit(column="time", validation=19.5, test=test)), SCHEMA)
         with pytest.raises(InputError, match=words):
-            check_parts(count_parts(ParquetRows(files, TimeSplit(column="time", validation=19.5, test=test)), SCHEMA))
+            check_parts(counts, SCHEMA)
 
 
 def test_only_labels_that_count_are_counted(tmp_path):
@@ -419,7 +420,19 @@ def test_only_labels_that_count_are_counted(tmp_path):
     assert counts["train"].counted == {"plain": 5, "masked": 2}
     assert counts["train"].positives == {"plain": 3, "masked": 2}
     with pytest.raises(InputError, match="'masked': all 2 train rows that count are of one class"):
-        check_parts(counts)
+        check_parts(counts, schema)
+
+
+def test_classes_are_asked_for_where_they_are_learned():
+    one_class, both = PartCounts(9, {"y": 9}, {"y": 9}), PartCounts(9, {"y": 9}, {"y": 4})
+    of_past = SCHEMA.model_copy(update={"new_events": "new"})  # the past has targets that no row shows
+    check_parts({"train": one_class, "validation": both, "test": both}, of_past)
+    parts = {"train": both, "validation": one_class, "test": both}
+    with pytest.raises(InputError, match="all 9 validation rows that count are of one class"):
+        check_parts(parts, of_past)
+    check_parts(parts, SCHEMA, ranks=False)
+    with pytest.raises(InputError, match="the test part holds no rows"):
+        check_parts(parts | {"test": PartCounts(0, {"y": 0}, {"y": 0})}, SCHEMA, ranks=False)
 
 
 # -- loading

@@ -77,11 +77,12 @@ def test_the_log_serves_sequences_without_tasks() -> None:
     log = pa.concat_tables(pq.read_table(file) for file in prepared.files)
     assert np.array_equal(log["item"].to_numpy().reshape(200, 16), source.draw()[1])
     assert log["second"].to_pylist()[:17] == [*range(16), 0]
-    check_parts(count_parts(ParquetRows.of(source, prepared), source.schema()))
+    schema = source.schema()
+    check_parts(count_parts(ParquetRows.of(source, prepared), schema), schema)
     for protocol, rows in (("public", (200, 200, 200)), ("validated", (200, 200, 200)), ("time", (170, 160, 320))):
         sequences = Sequences(of=source, protocol=protocol)
         parts = count_parts(ParquetRows.of(sequences, sequences.prepare()), sequences.schema())
-        check_parts(parts)
+        check_parts(parts, sequences.schema())
         assert tuple(counts.rows for counts in parts.values()) == rows
         assert sequences.schema().sequences[0].actions == ()
     found = {row["sequence"]: row for row in pq.read_table(sequences.prepare().files[0]).to_pylist()}

@@ -7,10 +7,14 @@ import pytest
 import torch
 
 from scalerec import evaluate
-from scalerec.batch import Batch, Outputs, Rows
+from scalerec.batch import MISSING, UNKNOWN, Batch, Outputs, Rows
 from scalerec.errors import InputError
+from scalerec.models.hstu import HSTUConfig
+from scalerec.models.sasrec import SASRecConfig
+from scalerec.models.sequential import SequentialConfig
+from scalerec.models.two_tower import TwoTowerConfig
 from tests.unit import sequences
-from tests.unit.sequences import model_of
+from tests.unit.sequences import RESEARCH, awake, layout, model_of
 
 
 def rows_of(side: str, count: int) -> Rows:
@@ -80,3 +84,13 @@ def test_histories_are_encoded_once(goal: str, monkeypatch: pytest.MonkeyPatch):
     assert found.places.shape == ((5, 1) if both.retrieves else (5, 0))
     if both.retrieves:
         np.testing.assert_array_equal(found.places[:, 0], places.numpy())
+
+
+@pytest.mark.parametrize("kind", [HSTUConfig(**RESEARCH), SASRecConfig(dim=8), TwoTowerConfig(dim=8, hidden=(16,))])
+def test_a_row_without_an_item_asks_for_none(kind: SequentialConfig):
+    """An unknown item is one that is not found."""
+    batch = sequences.batch([3, 4, 5])
+    batch.items.ids[:2, 0] = torch.tensor([MISSING, UNKNOWN])
+    found = evaluate.predict(awake(kind, layout()), [batch])
+    assert np.isnan(found.places[0, 0]) and np.isinf(found.places[1, 0]) and np.isfinite(found.places[2, 0])
+    assert evaluate.tables(found, ("like",))["next"]["hr@10"] <= 0.5

@@ -231,6 +231,20 @@ def test_the_production_variant_learns_from_rows_alone():
     assert terms["like"].weight == 3 and terms["next"].weight == 2
 
 
+@pytest.mark.parametrize("timeless", [0, 1])
+def test_a_slow_series_is_merged_or_refused_never_left_out(timeless):
+    there = layout(slow=True)
+    past = there.groups[0]
+    series = list(past.features)
+    series[timeless] = series[timeless].model_copy(update={"time": False})
+    groups = (past.model_copy(update={"features": tuple(series)}), *there.groups[1:])
+    there = there.model_copy(update={"groups": groups})
+    words = rf"'{series[timeless].name}' keeps no times, by which 'tabs' would be merged.*--model.auxiliary false"
+    with pytest.raises(InputError, match=words):
+        HSTUConfig(**RESEARCH).build(there)
+    assert not HSTUConfig(auxiliary=False, **RESEARCH).build(there).auxiliary
+
+
 def test_a_history_longer_than_the_model_knows_is_refused():
     whole = batch([13])
     for config in (HSTUConfig(dim=8, qk_dim=6, v_dim=5), SASRecConfig(dim=8), TwoTowerConfig(dim=8, hidden=(16,))):

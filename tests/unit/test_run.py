@@ -14,6 +14,7 @@ from scalerec.data.sources.synthetic import Synthetic
 from scalerec.errors import InputError
 from scalerec.models.dlrm_mlp import DLRMMLPConfig
 from scalerec.recipes.sequences import hstu_movielens_1m
+from scalerec.schema import Categorical, Group, Schema, Sequence, SequenceField, Task
 from scalerec.training.log import Log
 from scalerec.training.run import Run, TrainingConfig
 from scalerec.training.train import Training, train
@@ -32,11 +33,31 @@ def test_log_q_corrects_negatives_in_the_batch() -> None:
         (IN_BATCH | {"training.negatives.distinct": "true"}, "--training.negatives.distinct false"),
         (IN_BATCH | {"training.negatives.count": "0"}, "a --training.negatives.count"),
         ({"training.select": "auc"}, "hstu is not measured by it: ndcg@10, hr@10, mrr or last"),
+        (
+            {"training.optimizer.embedding_state": "host"},
+            "`embedding` dense lies with the weights",
+        ),
     ],
 )
 def test_what_does_not_go_together(changes: dict[str, str], words: str) -> None:
     with pytest.raises(InputError, match=words):
         override(hstu_movielens_1m(), changes)
+
+
+def test_buckets_of_a_hash_are_no_catalogue() -> None:
+    def run(vocabulary: str, goal: str) -> Run:
+        features = (Categorical(name="item", vocabulary=vocabulary),)  # type: ignore[arg-type]
+        past = Sequence(name="seen", fields=(SequenceField(of="item"),))
+        groups = (Group(name="past", side="user", features=(past,)), Group(name="item", side="item", features=features))
+        schema = Schema(groups=groups, tasks=(Task(name="click"),), user="user", item="item")
+        found = override(hstu_movielens_1m(), {"model.goal": goal})
+        data = found.data.model_copy()
+        object.__setattr__(data, "schema", lambda: schema)
+        return found.model_copy(update={"data": data})
+
+    with pytest.raises(InputError, match="'item' is hashed: hstu would rank buckets that no item is in"):
+        run("hash", "retrieval").schema()
+    assert run("hash", "ranking").schema() and run("dictionary", "retrieval").schema()
 
 
 def test_a_task_that_cannot_be_measured_does_not_decide_when_to_stop() -> None:

@@ -96,7 +96,7 @@ class ParquetRows:
         self, part: Part, columns: Sequence[str] | None = None, order: Sequence[int] | None = None, start: int = 0,
         *, dictionaries: bool = False,
     ) -> Generator[Piece, None, None]:  # fmt: skip
-        """ParquetRows of a part, row groups in `order`, pieces counted from 0, from `start` on.
+        """Rows of a part, row groups in `order`, pieces counted from 0, from `start` on.
 
         With `dictionaries` text in `columns` comes as Parquet keeps it, each different value once.
 
@@ -265,14 +265,18 @@ def count_parts(rows: ParquetRows, schema: Schema) -> dict[Part, PartCounts]:
     return found
 
 
-def check_parts(parts: dict[Part, PartCounts]) -> None:
-    """InputError when a part is empty, or when training or validation holds one class only."""
+def check_parts(parts: dict[Part, PartCounts], schema: Schema, ranks: bool = True) -> None:
+    """InputError when a part is empty or, for a model that ranks, when training or validation holds one class only.
+
+    Training rows whose past events are targets too (`new_events`) do not say by themselves what is learned.
+    """
+    told = {"validation"} if schema.new_events else {"train", "validation"}
     for part, counts in parts.items():
         if not counts.rows:
             raise InputError(f"the {part} part holds no rows: move the cuts of --data.split")
-        for task, positives in counts.positives.items():
+        for task, positives in counts.positives.items() if ranks else ():
             counted = counts.counted[task]
-            if part != "test" and positives in (0, counted):
+            if part in told and positives in (0, counted):
                 raise InputError(
                     f"task {task!r}: all {counted} {part} rows that count are of one class, so nothing can be "
                     "measured: move the cuts of --data.split"

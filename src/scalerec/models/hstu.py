@@ -132,7 +132,7 @@ class HSTU(SequentialModel):
         self.to_come = None
         if self.ranks and self.action is not None and config.actions == "additive":
             self.to_come = nn.Parameter(0.02 * torch.randn(d))
-        self.auxiliary = [s for s in user.sequences if s.runs and s.time and self.series.time and config.auxiliary]
+        self.auxiliary = self.slow_series() if config.auxiliary else []
         self.of_auxiliary = nn.ModuleDict({s.name: nn.Linear(s.width, d) for s in self.auxiliary})
         self.context: list[FeatureLayout] = user.flat if config.context else []
         self.of_context = nn.ModuleDict({f.name: nn.Linear(f.width, d) for f in self.context})

@@ -13,9 +13,9 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scalerec.batch import FIRST_ID, Batch, Jagged, Outputs
+from scalerec.batch import FIRST_ID, MISSING, Batch, Jagged, Outputs
 from scalerec.errors import InputError
-from scalerec.features.layout import Layout
+from scalerec.features.layout import FeatureLayout, Layout
 from scalerec.layers.embedding import Embedded, EmbeddedSequence, EmbeddingCollection, Lookup
 from scalerec.losses import Term, distinct, full_softmax, log_frequency, sampled_softmax
 from scalerec.models.base import Model, ModelConfig, columns_of
@@ -118,6 +118,17 @@ class SequentialModel(Model):
 
     @abstractmethod
     def encode_user(self, user: Embedded) -> Encoded: ...
+
+    def slow_series(self) -> list[FeatureLayout]:
+        """The user's slowly changing series; InputError where there is no time by which to merge them."""
+        found = [series for series in self.layout.sides["user"].sequences if series.runs]
+        timeless = next((series.name for series in [*found, self.series] if found and not series.time), None)
+        if timeless is not None:
+            raise InputError(
+                f"sequence {timeless!r} keeps no times, by which {found[0].name!r} would be merged: set its `time`, or "
+                "--model.auxiliary false"
+            )
+        return found
 
     def past(self, user: Embedded) -> EmbeddedSequence:
         """The main series of U users; InputError when one is longer than the model has places for."""
@@ -238,12 +249,15 @@ class SequentialModel(Model):
     def places(self, state: Encoded, batch: Batch, catalogue: Tensor) -> Tensor:
         """[B] float64, the place of each row's item among all that its user has not had (docs/generative.md).
 
-        Infinite for an item that is not in the catalogue; NaN for a row without the label `positive`.
+        Infinite for an item that is not in the catalogue; NaN for a row without an item or without
+        the label `positive`.
         """
         past = batch.user.lists[self.series.name].take(batch.user_of_row)
         excluded = Jagged(past.values[:, 0] - FIRST_ID, past.offsets)
-        target = (batch.items.ids[:, self.item_column] - FIRST_ID).clamp(min=-1)
+        item = batch.items.ids[:, self.item_column]
+        target = (item - FIRST_ID).clamp(min=-1)
         found = product_ranks(self.directions(state)[batch.user_of_row], catalogue, target, excluded)
+        found[item == MISSING] = torch.nan
         if self.config.positive:
             j = self.layout.tasks.index(self.config.positive)
             found[(batch.labels[:, j] == 0) | (batch.weights[:, j] == 0)] = torch.nan

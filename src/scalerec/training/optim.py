@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from scalerec.config import Config
@@ -41,6 +41,15 @@ class OptimizerConfig(Config):
     embedding_state: Literal["weights", "host"] = "weights"  # lies where the tables do, or in host memory
     clip: float = 1.0  # global norm of the dense gradients; 0: off
     decay: float = Field(default=0.0, ge=0, le=1)  # share of all rates that is gone at the last step, linearly
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> OptimizerConfig:
+        if self.embedding == "dense" and self.embedding_state == "host":
+            raise ValueError(
+                "--training.optimizer.embedding_state host: the state of `embedding` dense lies with the weights; "
+                "choose rowwise_adamw or another one of touched rows"
+            )
+        return self
 
     def factor(self, progress: float) -> float:
         """Of all rates, when this share of the planned steps is done; what stops early never sees the end."""

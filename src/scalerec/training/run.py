@@ -9,8 +9,9 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, Serial
 from scalerec.config import Config, component
 from scalerec.data.source import Source
 from scalerec.data.transforms import Negatives, StochasticLength
+from scalerec.errors import InputError
 from scalerec.models.base import ModelConfig
-from scalerec.schema import Schema
+from scalerec.schema import Categorical, Schema
 from scalerec.training.optim import OptimizerConfig
 
 
@@ -58,6 +59,14 @@ class Run(Config):
         return self
 
     def schema(self) -> Schema:
-        """The data's schema with this run's width of embeddings."""
+        """The data's schema with this run's width of embeddings; InputError where its model cannot learn from it."""
         schema = self.data.schema()
+        events = next((sequence for sequence in schema.sequences if not sequence.runs), None)
+        if self.model.retrieves and events is not None:
+            item = schema.feature(events.fields[0].of)
+            if isinstance(item, Categorical) and item.vocabulary == "hash":
+                raise InputError(
+                    f"feature {item.name!r} is hashed: {self.model.kind} would rank buckets that no item is in; set "
+                    'its "vocabulary" to "dictionary", with a `min_count` where there are many items'
+                )
         return schema.model_copy(update={"dim": self.dim}) if self.dim else schema

@@ -81,7 +81,7 @@ class Training:
         if earlier is not None:
             self._same_data(earlier, schema)
         self.parts = count_parts(self.rows, schema)
-        check_parts(self.parts)
+        check_parts(self.parts, schema, run.model.ranks)
         self.steps = self.config.epochs * -(-self.parts["train"].rows // self.config.batch_size)
         self.state = State(threads=threads, rows=self.rows.num_rows)
         if earlier is None:
