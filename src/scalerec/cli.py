@@ -132,7 +132,6 @@ def _apart(arguments: list[str]) -> tuple[list[str], list[str]]:
         (overrides if is_path or takes else own).append(word)
         waits = is_path
     return own, overrides
-    return own, overrides
 
 
 def _changes(rest: list[str]) -> dict[str, str]:
@@ -316,7 +315,7 @@ def compare(options: argparse.Namespace) -> None:
     if options.seeds < 1 or options.workers < 1:
         raise InputError("--seeds and --workers must be at least 1")
     runs = [_run(recipe, options.changes) for recipe in options.recipe]
-    command = "scalerec " + " ".join(sys.argv[1:])
+    command = studies.command_line()
     found = paired(
         runs,
         options.out,

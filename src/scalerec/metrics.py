@@ -1,4 +1,4 @@
-"""How good scores are: of classes, of probabilities, of ranks; and how sure that is, by bootstrap over users.
+"""How good scores are, of classes and of probabilities, and how sure that is, by bootstrap over users.
 
 n rows   U users   S seeds (models that differ only in their seed, scored on the same rows)
 """
@@ -206,29 +206,6 @@ def _ratio(value: float, base: float) -> float:
 
 def _entropy(rate: float) -> float:
     return float(-rate * np.log(rate) - (1 - rate) * np.log1p(-rate)) if 0 < rate < 1 else NAN
-
-
-def hit_rate(ranks: ArrayLike, k: int) -> float:
-    """Share of targets among the first k; ranks [n] count from 1."""
-    return float((_ranks(ranks) <= k).mean())
-
-
-def ndcg(ranks: ArrayLike, k: int) -> float:
-    """Mean of 1 / log2(rank + 1), or 0 beyond k; ranks [n] count from 1."""
-    places = _ranks(ranks)
-    return float(np.where(places <= k, 1 / np.log2(places + 1), 0).mean())
-
-
-def mrr(ranks: ArrayLike) -> float:
-    """Mean of 1 / rank; ranks [n] count from 1."""
-    return float((1 / _ranks(ranks)).mean())
-
-
-def _ranks(ranks: ArrayLike) -> Array:
-    places = np.asarray(ranks, np.float64)
-    if places.ndim != 1 or not len(places) or not (places >= 1).all():
-        raise InputError("ranks must be a list of numbers from 1 on, at least one")
-    return places
 
 
 def bootstrap(

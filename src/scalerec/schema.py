@@ -59,14 +59,14 @@ class MultiCategorical(Frozen):
 
 
 class Numeric(Frozen):
-    """A number: signed log, standardised, then a quantile bucket with an embedding, or a linear map."""
+    """A number: a quantile bucket with an embedding, or signed log, standardised, and a linear map."""
 
     kind: Literal["numeric"] = "numeric"
     name: str
     column: str = ""
     encoding: Literal["buckets", "linear"] = "buckets"
     buckets: Annotated[int, Field(ge=2)] = 32
-    log: bool = True  # sign(x) log(1 + |x|) before standardising
+    log: bool = True  # linear: sign(x) log(1 + |x|) before standardising
     dim: PositiveInt | None = None
     note: str = ""
 
@@ -127,6 +127,13 @@ Feature = Annotated[
 ]
 
 
+def reads(feature: Feature) -> tuple[str, ...]:
+    """The columns of a row that a feature is made of."""
+    if isinstance(feature, Cross):
+        return feature.of
+    return tuple(feature.list_columns()) if isinstance(feature, Sequence) else (feature.column or feature.name,)
+
+
 class Group(Frozen):
     """Features with one coherent meaning; they stand side by side in the model's input, in this order."""
 
@@ -177,14 +184,7 @@ class Schema(Frozen):
 
     def input_columns(self) -> list[str]:
         """Columns that features read, each once, in order; these are all that a request has to bring."""
-        columns: list[str] = []
-        for feature in self.features:
-            if isinstance(feature, Cross):
-                columns += feature.of
-            elif isinstance(feature, Sequence):
-                columns += feature.list_columns()
-            else:
-                columns.append(feature.column or feature.name)
+        columns = [column for feature in self.features for column in reads(feature)]
         now = [self.time] if self.time and any(sequence.time for sequence in self.sequences) else []
         return list(dict.fromkeys([self.user, *columns, *now]))
 

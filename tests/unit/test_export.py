@@ -7,7 +7,7 @@ import torch
 
 from scalerec.errors import InputError
 from scalerec.features.encoder import Encoder
-from scalerec.inference.export import compile_dense, compiler, dense_inputs, dense_module, export_dense, load_dense
+from scalerec.inference.export import Dense, compile_dense, compiler, dense_inputs, export_dense, load_dense
 from scalerec.models import dcnv2, dlrm_mlp, rankmixer
 from scalerec.schema import Categorical, Group, MultiCategorical, Numeric, Schema, Sequence, SequenceField, Task
 
@@ -112,7 +112,7 @@ def test_tables_stay_outside(encoder_and_batch):
 def test_dense_module_shares_weights_and_leaves_the_model_alone(encoder_and_batch):
     encoder, batch = encoder_and_batch
     model = build(rankmixer.tiny(), encoder)
-    dense = dense_module(model)
+    dense = Dense(model)
     with torch.no_grad():
         model.heads.bias.fill_(3.0)
     assert_scores_equal(dense, model, batch)

@@ -211,31 +211,6 @@ def test_table_of_nothing_is_not_a_number():
     assert all(np.isnan(value) for value in found.values())
 
 
-# Ranks
-
-
-def test_ranks_by_hand():
-    ranks = [1, 3, 7, 20]
-    assert metrics.hit_rate(ranks, 3) == 0.5
-    assert metrics.ndcg(ranks, 7) == pytest.approx((1 + 1 / 2 + 1 / 3) / 4)
-    assert metrics.mrr(ranks) == pytest.approx((1 + 1 / 3 + 1 / 7 + 1 / 20) / 4)
-
-
-@pytest.mark.parametrize("k", [1, 5, 30])
-def test_ndcg_equals_scikit_learn(k):
-    scores = np.random.default_rng(6).random((50, 30))  # the target is candidate 0
-    ranks = 1 + (scores[:, 1:] > scores[:, :1]).sum(1)
-    target = np.eye(30)[np.zeros(50, int)]
-    assert metrics.ndcg(ranks, k) == pytest.approx(sk.ndcg_score(target, scores, k=k), abs=1e-12)
-
-
-@pytest.mark.parametrize("ranks", [[], [0, 1], [float("nan")], [[1]]])
-def test_bad_ranks(ranks):
-    for call in (metrics.mrr, lambda r: metrics.ndcg(r, 10), lambda r: metrics.hit_rate(r, 10)):
-        with pytest.raises(InputError, match="ranks"):
-            call(ranks)
-
-
 # Intervals
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -105,7 +105,6 @@ def _sample(rows: ParquetRows) -> pa.Table:
 
 def _feature(name: str, column: pa.ChunkedArray) -> Feature | None:
     kind = column.type
-    note: dict[str, Any] = {}
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         if pa.types.is_nested(kind.value_type) or pa.types.is_floating(kind.value_type):
             return None
@@ -113,21 +112,21 @@ def _feature(name: str, column: pa.ChunkedArray) -> Feature | None:
     distinct = pc.count_distinct(column).as_py()
     if distinct < 2 or pa.types.is_nested(kind) or pa.types.is_binary(kind):
         return None
-    note["note"] = f"{distinct:,} distinct values in {len(column):,} rows"
+    note = f"{distinct:,} distinct values in {len(column):,} rows"
     if _is_text(column):
         cut = next((s for s in "|;," if _share_with(column, s) > 0.5), None)
         if cut:
-            return MultiCategorical(name=name, separator=cut, **note)
-        return Categorical(name=name, **note)
+            return MultiCategorical(name=name, separator=cut, note=note)
+        return Categorical(name=name, note=note)
     if pa.types.is_boolean(kind):
-        return Categorical(name=name, **note)
+        return Categorical(name=name, note=note)
     if pa.types.is_integer(kind):
         is_id = bool(
             USER.search(name) or ITEM.search(name) or re.search(r"(^|_)(id|type|code|cat|zip|tag)s?$", name, re.I)
         )
-        return Categorical(name=name, **note) if is_id or distinct <= FEW else Numeric(name=name, **note)
+        return Categorical(name=name, note=note) if is_id or distinct <= FEW else Numeric(name=name, note=note)
     if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
-        return Numeric(name=name, **note)
+        return Numeric(name=name, note=note)
     return None
 
 

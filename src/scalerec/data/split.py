@@ -41,8 +41,8 @@ class TimeSplit(Frozen):
     def part_of(self, rows: pa.RecordBatch, first: int) -> np.ndarray:
         """The part of each row [n] as an index into PARTS; `first` is the number of the first row in the files."""
         times = times_of(rows, self.column)
-        unit = 1.0 if _is_number(rows, self.column) else None
-        cuts = [_moment(value, unit, self.column) for value in (self.validation, self.test)]
+        is_number = _is_number(rows, self.column)
+        cuts = [_moment(value, is_number, self.column) for value in (self.validation, self.test)]
         if cuts[0] >= cuts[1]:
             raise InputError(f"split: test ({self.test}) must begin after validation ({self.validation})")
         return np.searchsorted(np.asarray(cuts), times, side="right").astype(np.int8)
@@ -134,9 +134,9 @@ def _is_number(rows: pa.RecordBatch, column: str) -> bool:
     return pa.types.is_integer(rows.schema.field(column).type) or pa.types.is_floating(rows.schema.field(column).type)
 
 
-def _moment(value: Moment, unit: float | None, column: str) -> float:
+def _moment(value: Moment, is_number: bool, column: str) -> float:
     if isinstance(value, (int, float)):
         return float(value)
-    if unit is not None:
+    if is_number:
         raise InputError(f"split: column {column!r} holds numbers, so its cuts must be numbers too, not {value}")
     return (value if value.tzinfo else value.replace(tzinfo=timezone.utc)).timestamp()

@@ -253,7 +253,6 @@ def _column(rows: pa.Table, name: str) -> pa.Array:
     if name not in rows.column_names:
         raise InputError(f"history: no column {name!r} in the rows: it has {', '.join(rows.column_names[:20])}")
     column = rows.column(name).combine_chunks()
-    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if pa.types.is_floating(column.type):
         finite = pc.is_finite(column)
         if not pc.all(finite).as_py():  # missing, as a store takes them

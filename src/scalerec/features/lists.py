@@ -1,4 +1,4 @@
-"""List columns of Arrow as flat values and lengths."""
+"""Columns of Arrow as one array; those of lists as flat values and lengths."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ from scalerec.errors import InputError
 Values = TypeVar("Values", pa.Array, np.ndarray)
 
 
+def whole(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """A column as one array, dictionaries written out."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+
+
 def lists(column: pa.Array, name: str, separator: str | None = None) -> tuple[pa.Array, np.ndarray]:
     """Flat values and int64 lengths [n] of a list column, or of text cut at `separator`; a null list is empty."""
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
+    column = whole(column)
     if separator is not None and (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         column = pc.split_pattern(pc.if_else(pc.equal(column, ""), pa.scalar(None, column.type), column), separator)
     if pa.types.is_null(column.type):

@@ -17,7 +17,7 @@ import torch
 from scalerec.batch import Rows
 from scalerec.errors import InputError
 from scalerec.features.encoder import Encoder
-from scalerec.schema import Cross, MultiCategorical, Numeric, Schema
+from scalerec.schema import MultiCategorical, Numeric, Schema, reads
 
 
 class Asked(NamedTuple):
@@ -66,7 +66,7 @@ class Catalogue:
             return encoder.encode_side(self._rows(_columns_read(self.schema, None), places, asked), "item")
         settled = self.encoded.take(torch.from_numpy(places))
         moving = [name for name in _features(self.schema) if name not in self.settled]
-        once = [f for f in moving if _reads(self.schema, f).isdisjoint(self.columns) and not overridden]
+        once = [f for f in moving if set(reads(self.schema.feature(f))).isdisjoint(self.columns) and not overridden]
         each = [name for name in moving if name not in once]
         parts = {frozenset(self.settled): settled}
         if each:
@@ -104,19 +104,12 @@ class Catalogue:
 def _features(schema: Schema, within: Collection[str] | None = None) -> list[str]:
     """The item-side features, or those that read nothing but the columns `within`."""
     names = [f.name for group in schema.groups if group.side == "item" for f in group.features]
-    return names if within is None else [name for name in names if _reads(schema, name) <= set(within)]
-
-
-def _reads(schema: Schema, name: str) -> set[str]:
-    feature = schema.feature(name)
-    if isinstance(feature, Cross):
-        return set(feature.of)
-    return {getattr(feature, "column", "") or feature.name}
+    return names if within is None else [name for name in names if set(within).issuperset(reads(schema.feature(name)))]
 
 
 def _columns_read(schema: Schema, features: Collection[str] | None) -> list[str]:
     names = _features(schema) if features is None else features
-    return list(dict.fromkeys(column for name in names for column in sorted(_reads(schema, name))))
+    return list(dict.fromkeys(column for name in names for column in sorted(reads(schema.feature(name)))))
 
 
 def _merged(schema: Schema, parts: Mapping[frozenset[str], Rows], count: int) -> Rows:

@@ -40,11 +40,6 @@ class Dense(nn.Module):
         return self.model.dense(Embedded(user, sequences), Embedded(items, {}), user_of_row).logits
 
 
-def dense_module(model: Model) -> Dense:
-    """The dense part of `model`, sharing its weights."""
-    return Dense(model)
-
-
 def dense_inputs(user: Embedded, items: Embedded, user_of_row: Tensor) -> tuple[Tensor, Pasts, Tensor, Tensor]:
     """What a dense module, exported or compiled, is called with."""
     pasts = {name: (past.values, past.mask) for name, past in user.sequences.items()}
@@ -55,7 +50,7 @@ def export_dense(model: Model) -> ExportedProgram:
     """The dense part as a graph, in evaluation mode, for any number of users, rows and events."""
     training = model.training
     try:
-        return torch.export.export(dense_module(model).eval(), _example(model), dynamic_shapes=_sizes(model))
+        return torch.export.export(Dense(model).eval(), _example(model), dynamic_shapes=_sizes(model))
     finally:
         model.train(training)
 

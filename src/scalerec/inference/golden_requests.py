@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from scalerec.features.encoder import Encoder
-from scalerec.schema import Categorical, Cross, MultiCategorical, Numeric, Schema, Sequence
+from scalerec.schema import Categorical, Cross, MultiCategorical, Numeric, Schema, Sequence, reads
 
 USERS, CANDIDATES = 8, 8
 USUAL_LENGTH = 64  # of histories; one has as many events as the model may meet
@@ -43,8 +43,7 @@ class _Maker:
                 if isinstance(feature, Sequence):
                     self._history(feature, now)
                     continue
-                names = feature.of if isinstance(feature, Cross) else [feature.column or feature.name]
-                for name in names:
+                for name in reads(feature):
                     if name not in self.columns and name not in (schema.user, schema.time):
                         self.columns[name] = self._column(feature, name, group.side)
         self.columns[schema.user] = self._users()
@@ -191,10 +190,6 @@ def _type(text: str) -> pa.DataType:
 
 def value_of(rows: pa.RecordBatch, schema: Schema, feature: str, row: int) -> str:
     """What a feature reads in one row, for a message."""
-    found = schema.feature(feature)
-    if isinstance(found, Sequence):
-        columns = found.list_columns()
-    else:
-        columns = list(found.of) if isinstance(found, Cross) else [found.column or found.name]
+    columns = reads(schema.feature(feature))
     values = ", ".join(f"{name}={rows.column(name)[row].as_py()!r}" for name in columns)
     return values if len(values) <= 120 else values[:117] + "..."

@@ -28,9 +28,9 @@ from scalerec.data.source import Source
 from scalerec.data.split import times_of
 from scalerec.errors import InputError
 from scalerec.features.hashing import NO_VALUE, hash_column, mix
-from scalerec.features.lists import lists
+from scalerec.features.lists import lists, whole
 from scalerec.features.numeric import numbers, transform
-from scalerec.schema import Categorical, Cross, Numeric, Schema, Sequence, Side
+from scalerec.schema import Categorical, Numeric, Schema, Sequence, Side, reads
 
 POPULARITY = "popularity"  # column of the items: how many training rows show the item
 POPULARITY_BESIDE = "#popularity"  # its name where the schema reads a column of the log that has the other one
@@ -73,10 +73,10 @@ def item_rows(run: Path | Checkpoint) -> ItemRows:
         if shown is not None:
             events, event_times, seen = _events(rows, schema, shown, columns, times)
             popularity.update(seen)
-            whole = set(columns) <= set(events.schema.names)
+            complete = set(columns) <= set(events.schema.names)
             # A past that does not keep all columns only says that the item is there: any row of the log knows more.
-            latest.add(events, event_times if whole else np.full(len(events), -np.inf))
-            if whole:
+            latest.add(events, event_times if complete else np.full(len(events), -np.inf))
+            if complete:
                 recent.add(events, event_times)
         kept = rows.select([schema.item, *columns])
         popularity.update(_counts(kept.column(0)))
@@ -135,7 +135,7 @@ def _columns_of(schema: Schema, side: Side) -> dict[str, Numeric | None]:
     for feature in (f for group in schema.groups if group.side == side for f in group.features):
         if isinstance(feature, Sequence):
             continue
-        for column in feature.of if isinstance(feature, Cross) else [feature.column or feature.name]:
+        for column in reads(feature):
             found[column] = feature if isinstance(feature, Numeric) else found.get(column)
     not_mine = {schema.user, schema.item, schema.time, *(_columns_of(schema, "user") if side == "item" else ())}
     return {column: feature for column, feature in found.items() if column not in not_mine}
@@ -166,14 +166,14 @@ class _Latest:
     def _compact(self) -> None:
         if not self.parts:
             raise InputError("the training part of the log holds no rows")
-        whole = pa.concat_tables(self.parts, promote_options="permissive").combine_chunks()
-        keys = _plain(whole.column(self.key)).dictionary_encode()
+        held = pa.concat_tables(self.parts, promote_options="permissive").combine_chunks()
+        keys = whole(held.column(self.key)).dictionary_encode()
         codes = keys.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
-        order = np.argsort(whole.column("#time").to_numpy(), kind="stable")
+        order = np.argsort(held.column("#time").to_numpy(), kind="stable")
         order = order[codes[order] >= 0]
         last = np.full(len(keys.dictionary), -1, np.int64)
         last[codes[order]] = order  # of equal indices the last one stays
-        self.parts = [whole.take(pa.array(np.sort(last[last >= 0])))]
+        self.parts = [held.take(pa.array(np.sort(last[last >= 0])))]
         self.kept = self.held = len(self.parts[0])
 
 
@@ -192,22 +192,14 @@ class _Recent:
             self.held = len(self.parts[0])
 
     def table(self) -> pa.Table:
-        whole = pa.concat_tables(self.parts, promote_options="permissive").combine_chunks()
-        latest = np.argsort(whole.column("#time").to_numpy(), kind="stable")[-MEASURED:]
-        return whole.take(pa.array(np.sort(latest)))
+        held = pa.concat_tables(self.parts, promote_options="permissive").combine_chunks()
+        latest = np.argsort(held.column("#time").to_numpy(), kind="stable")[-MEASURED:]
+        return held.take(pa.array(np.sort(latest)))
 
 
 def _timed(rows: pa.RecordBatch, times: np.ndarray | None) -> pa.Table:
     column = pa.array(np.zeros(len(rows)) if times is None else times, pa.float64())
     return pa.Table.from_batches([rows]).append_column("#time", column)
-
-
-def _plain(column: pa.ChunkedArray | pa.Array) -> pa.Array:
-    """A column as one array, dictionaries written out."""
-    if isinstance(column, pa.ChunkedArray):
-        column = column.combine_chunks()
-        column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
 
 
 # -- training rows that stand for many events: items that are shown only in their pasts
@@ -237,7 +229,7 @@ def _events(
         column = feature.column or feature.name
         flat, lengths = lists(rows.column(sequence.column(field)), sequence.column(field))
         if column == schema.item or column in columns:
-            found[column] = flat.cast(_plain(rows.column(column)).type)
+            found[column] = flat.cast(whole(rows.column(column)).type)
     to_end = np.repeat(np.cumsum(lengths), lengths) - np.arange(lengths.sum())
     counted = _counts(found[schema.item].filter(pa.array(to_end <= np.repeat(new, lengths))))
     if times is not None:
@@ -250,7 +242,7 @@ def _events(
 
 def _counts(column: pa.Array) -> Counter:
     """How often each value occurs, nulls left out."""
-    found = _plain(column).drop_null().value_counts()
+    found = whole(column).drop_null().value_counts()
     return Counter(dict(zip(found.field("values").to_pylist(), found.field("counts").to_pylist())))
 
 
@@ -260,10 +252,10 @@ def _counts(column: pa.Array) -> Counter:
 def _apart(recent: pa.Table, schema: Schema, columns: dict[str, Numeric | None]) -> tuple[list[str], dict[str, Any]]:
     """The columns that belong to the item, and the default of each of the others: its mode, or its median."""
     assert schema.item is not None
-    item = np.unique(value_codes(_plain(recent.column(schema.item)), schema.item), return_inverse=True)[1]
+    item = np.unique(value_codes(whole(recent.column(schema.item)), schema.item), return_inverse=True)[1]
     own, context = [], {}
     for name, feature in columns.items():
-        column = _plain(recent.column(name))
+        column = whole(recent.column(name))
         if feature is None:
             codes = value_codes(column, name)
             if usual_share(item, codes) >= SAME:

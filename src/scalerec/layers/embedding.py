@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scalerec.batch import MISSING, Rows
+from scalerec.batch import MISSING, Jagged, Rows
 from scalerec.features.layout import FeatureLayout, Layout
 from scalerec.hardware import in_huge_pages
 
@@ -171,7 +171,7 @@ class EmbeddingCollection(nn.Module):
         for feature in shape.sequences:
             jagged = rows.lists[feature.name]
             joined = beside([next(vectors) for _ in self._fields(feature)])
-            values, mask = type(jagged)(joined, jagged.offsets).padded()
+            values, mask = Jagged(joined, jagged.offsets).padded()
             times, actions = (
                 kept[feature.name].padded()[0] if feature.name in kept else None for kept in (rows.times, rows.actions)
             )

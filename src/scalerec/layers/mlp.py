@@ -7,18 +7,16 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
-
 
 class MLP(nn.Module):
-    """Linear layers [..., in] -> [..., hidden[-1]], each followed by the activation and dropout."""
+    """Linear layers [..., in] -> [..., hidden[-1]], each followed by ReLU and dropout."""
 
-    def __init__(self, width: int, hidden: Sequence[int], activation: str = "relu", dropout: float = 0.0):
+    def __init__(self, width: int, hidden: Sequence[int], dropout: float = 0.0):
         super().__init__()
         self.width, self.hidden = width, tuple(hidden)
         layers: list[nn.Module] = []
         for size in hidden:
-            layers += [nn.Linear(width, size), ACTIVATIONS[activation]()]
+            layers += [nn.Linear(width, size), nn.ReLU()]
             layers += [nn.Dropout(dropout)] if dropout else []
             width = size
         self.layers = nn.Sequential(*layers)

@@ -52,7 +52,7 @@ class DCNv2(Model):
         self.join = FeatureJoin(layout, config.sequence)
         width = self.join.width
         self.crosses = nn.ModuleList(Cross(width, config.rank) for _ in range(config.crosses))
-        self.mlp = MLP(width, config.hidden, dropout=config.dropout)
+        self.mlp = MLP(width, config.hidden, config.dropout)
         self.parallel = config.structure == "parallel"
         out = self.mlp.out + (width if self.parallel else 0)
         self.heads = Heads(out, len(layout.tasks), config.head, config.head_hidden)

@@ -33,7 +33,7 @@ class DLRMMLP(Model):
     def __init__(self, config: DLRMMLPConfig, layout: Layout):
         super().__init__(layout)
         self.join = FeatureJoin(layout, config.sequence)
-        self.mlp = MLP(self.join.width, config.hidden, dropout=config.dropout)
+        self.mlp = MLP(self.join.width, config.hidden, config.dropout)
         self.heads = Heads(self.mlp.out, len(layout.tasks), config.head, config.head_hidden)
 
     def encode_user(self, user: Embedded) -> Joined:

@@ -32,7 +32,7 @@ class TwoTower(SequentialModel):
     def __init__(self, config: TwoTowerConfig, layout: Layout):
         super().__init__(config, layout)
         width = self.series.width + layout.sides["user"].flat_width
-        self.inner = MLP(width, config.hidden, "relu", config.dropout)
+        self.inner = MLP(width, config.hidden, config.dropout)
         self.out = nn.Linear(self.inner.out, config.dim)
         start_items(self.embeddings, self.item_table.name)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 from collections.abc import Mapping
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from scalerec.errors import InputError
+from scalerec.serving.settings import is_loopback
 
 MOST_BYTES = 64 << 20  # of an answer
 
@@ -105,10 +105,7 @@ class Client:
     @property
     def loopback(self) -> bool:
         """Whether the service is on this machine."""
-        try:
-            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        return is_loopback(self.host)
 
     async def get(self, path: str, timeout_s: float = 10.0) -> Answer:
         """The answer; raises Lost, OSError or asyncio.TimeoutError."""

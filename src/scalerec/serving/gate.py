@@ -9,7 +9,6 @@ in flight           so many at once and no more: 503
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import math
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -21,6 +20,7 @@ from scalerec.serving import logs
 from scalerec.serving.keys import Key, Keys
 from scalerec.serving.requests import Refused
 from scalerec.serving.service import Service
+from scalerec.serving.settings import is_loopback
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -120,19 +120,11 @@ class Gate:
 
     def _check_host(self, host: bytes | None, origin: bytes | None) -> None:
         """A browser says in Host which name it took this machine for, and in Origin whose page asks."""
-        if self._names is not None and not self._known(_name(host or b"")):
+        name = _name(host or b"")
+        if self._names is not None and name not in self._names and not is_loopback(name):
             raise Refused(421, "this service is not at that host: name it with --name", "Host")
         if origin is not None and origin.partition(b"://")[2] != host:
             raise Refused(403, "pages of other sites may not ask this service", "Origin")
-
-    def _known(self, name: str) -> bool:
-        assert self._names is not None
-        if name == "localhost" or name in self._names:
-            return True
-        try:
-            return ipaddress.ip_address(name).is_loopback
-        except ValueError:
-            return False
 
     async def _key(self, own: bytes | None, authorization: bytes | None) -> Key:
         assert self.keys is not None

@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from scalerec.errors import InputError
 from scalerec.inference.batching import Batcher
 from scalerec.inference.bundle import Bundle, load
 from scalerec.inference.engine import Ask, Engine, Ranked
-from scalerec.inference.retrieval import Popular, Retriever
+from scalerec.inference.retrieval import Found, Popular, Retriever
 from scalerec.serving import logs
 from scalerec.serving.columns import Columns
 from scalerec.serving.requests import Refused
@@ -38,14 +38,6 @@ class Search(NamedTuple):
     deny: Sequence[Any]
 
 
-class Finds(Protocol):
-    """A list of (item id, similarity) that says what filters removed."""
-
-    removed: dict[str, int]
-
-    def __iter__(self) -> Iterator[tuple[Any, float]]: ...
-
-
 @dataclass
 class Served:
     """One bundle at work."""
@@ -56,7 +48,7 @@ class Served:
     retriever: Retriever | None
     columns: Columns
     ranking: Batcher[Ask, Ranked]
-    searching: Batcher[Search, Finds] | None
+    searching: Batcher[Search, Found] | None
     in_flight: int = 0
     places: Mapping[Any, int] = field(default_factory=dict)  # of the items it knows
 
@@ -86,7 +78,7 @@ class Served:
         return tuple(name for name in engine.schema.input_columns() if name not in known)
 
     def defaults(self, ask: Ask) -> list[str]:
-        """Input columns that nobody gave, as `engine.missing` finds them, without walking through the schema."""
+        """Input columns that nobody gave, found without walking through the schema."""
         missing = [name for name in self._asked if name not in ask.columns]
         if ask.now is not None and self.engine.schema.time in missing:
             missing.remove(self.engine.schema.time)
@@ -140,10 +132,10 @@ def serve(bundle: Bundle, engine: Engine, popular: Popular, retriever: Retriever
     return Served(bundle, engine, popular, retriever, columns, ranking, searching, places=engine.catalogue.place)
 
 
-def _search(engine: Engine, retriever: Retriever) -> Callable[[list[Search]], list[Finds]]:
+def _search(engine: Engine, retriever: Retriever) -> Callable[[list[Search]], list[Found]]:
     """Queries of all requests in one pass; those with the same filters are searched together."""
 
-    def work(searches: list[Search]) -> list[Finds]:
+    def work(searches: list[Search]) -> list[Found]:
         queries = engine.queries([search.ask for search in searches])
         if all(search.allow is None and not search.deny for search in searches):
             count = max(search.count for search in searches)

@@ -26,13 +26,12 @@ from scalerec.errors import InputError
 from scalerec.features import history
 from scalerec.features.encoder import Encoder
 from scalerec.features.hashing import hash_column, mix
-from scalerec.features.lists import lists
+from scalerec.features.lists import lists, whole
 from scalerec.inference.rows_of import user_rows
 from scalerec.schema import Schema, Sequence
 from scalerec.serving.events import SPARE, Checker, Kind, identity, kind, plain, same_identity
 from scalerec.serving.states import place
 from scalerec.serving.store import Store, open_store
-from scalerec.serving.tables import whole
 
 PARTITION_ROWS = 1_000_000  # in memory at a time
 USERS_A_PIECE = 10_000

@@ -65,12 +65,7 @@ class Settings(Frozen):
     @property
     def loopback(self) -> bool:
         """Whether only this machine can reach the port."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        return is_loopback(self.host)
 
     @property
     def exposed(self) -> bool:
@@ -92,3 +87,11 @@ class Settings(Frozen):
         if self.page and self.exposed and self.keys is None:
             raise ValueError("page: it shows people's histories, so it needs --keys FILE where others can reach it")
         return self
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address of a host means this machine."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from scalerec.errors import InputError
 from scalerec.features.hashing import hash_column
+from scalerec.features.lists import whole
 from scalerec.serving.events import plain
 
 
@@ -68,13 +69,6 @@ class UserTable:
         if prefix:
             ids = ids.filter(pc.starts_with(ids.cast(pa.string()), plain(prefix, "prefix")))
         return [plain(value, self.column) for value in ids.drop_null()[:limit]]
-
-
-def whole(column: pa.ChunkedArray) -> pa.Array:
-    """A column as one array of plain values."""
-    array = column.combine_chunks()
-    array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
-    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
 
 
 def _is_text(kind: pa.DataType) -> bool:

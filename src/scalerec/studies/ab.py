@@ -123,7 +123,7 @@ class _Shown(NamedTuple):
             rows, unit = rows.filter(pa.array(unit != NO_VALUE)), unit[unit != NO_VALUE]
             if not rows.num_rows:
                 continue
-            keys.append(_keys(rows, "user", item, "time", names.time_unit))
+            keys.append(Keys.of(rows, "user", item, "time", names.time_unit))
             units.append(unit)
             encoded = rows.column(arms).cast(pa.string()).dictionary_encode()
             code = np.array([known.setdefault(name, len(known)) for name in encoded.dictionary.to_pylist()])
@@ -145,11 +145,6 @@ class _Shown(NamedTuple):
         mixed = least != most
         arm = np.where(mixed[unit], -1, arm)
         return _Shown(whole.take(order), arm, unit, list(known), int(mixed.sum()), of_no_arm, of_no_unit)
-
-
-def _keys(rows: pa.RecordBatch, user: str, item: str | None, time: str, time_unit: float) -> Keys:
-    keys = Keys.of(rows, user, item, time)
-    return keys._replace(time=keys.time / time_unit) if pa.types.is_temporal(rows.schema.field(time).type) else keys
 
 
 def _arm_order(arms: list[str], control: str | None, weights: Mapping[str, float] | None) -> list[str]:
@@ -181,7 +176,7 @@ def _attributed(
         if not len(some):
             continue
         done = rows.take(pa.array(some))
-        asked = _keys(done, names.user, names.item, names.time, names.time_unit)
+        asked = Keys.of(done, names.user, names.item, names.time, names.time_unit)
         found = last_before(shown.keys, asked)
         late = asked.time - shown.keys.time[found]
         mine = (found >= 0) & (late <= (np.inf if window is None else window))

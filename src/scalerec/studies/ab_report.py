@@ -7,6 +7,7 @@ from typing import Any
 
 from scalerec.results import shown, to_json
 from scalerec.studies.ab import FEW_UNITS, lift_text
+from scalerec.studies.report import footer
 
 
 def write(found: dict[str, Any], out: Path) -> None:
@@ -56,6 +57,4 @@ def markdown(found: dict[str, Any]) -> str:
         lines += ["", f"Several arms were compared; p-values adjusted for that (Holm): {adjusted}."]
     if min(entry["units"] for entry in found["arms"]) < FEW_UNITS:
         lines += ["", f"**An arm has fewer than {FEW_UNITS} units: intervals are rough.**"]
-    facts = ", ".join(f"{key} {value}" for key, value in found["machine"].items() if value)
-    lines += ["", f"Command: `{found['command']}`", "", f"Machine: {facts}", ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *footer(found)])

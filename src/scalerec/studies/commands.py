@@ -59,7 +59,8 @@ def skew(options: argparse.Namespace) -> int:
     found = compare(
         options.exposures, options.run_folder, data=options.data, model=options.model, version=options.version,
         sample=options.sample, within=options.within, tolerance=options.tolerance,
-        score_tolerance=options.score_tolerance, log=not options.no_data, changes=options.changes, command=_command(),
+        score_tolerance=options.score_tolerance, log=not options.no_data, changes=options.changes,
+        command=command_line(),
     )  # fmt: skip
     _tell(found, markdown, write, options)
     return int(found["differs"])
@@ -95,7 +96,7 @@ def ab(options: argparse.Namespace) -> int:
     found = analyse(
         options.exposures, options.events, label=options.label, metric=options.metric, by=options.by,
         arms=options.arms, control=options.control, weights=options.weights, window=options.window,
-        names=_names(options), interval=options.interval, command=_command(),
+        names=_names(options), interval=options.interval, command=command_line(),
     )  # fmt: skip
     _tell(found, markdown, write, options)
     return int(not found["trusted"])
@@ -136,5 +137,6 @@ def _tell(found: dict[str, Any], markdown: Callable, write: Callable, options: a
               file=sys.stderr)  # fmt: skip
 
 
-def _command() -> str:
+def command_line() -> str:
+    """What was typed, for a report."""
     return "scalerec " + " ".join(sys.argv[1:])

@@ -114,7 +114,6 @@ def figures(model: Model, batch: Batch) -> dict[str, Any]:
         "forward_flops": flops,
         "training_flops": 3 * flops,
         "flops_per_row": flops / len(batch),
-        "flops_per_parameter": flops / dense,
     }
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from scalerec.errors import InputError
 from scalerec.results import shown, to_json
+from scalerec.studies.commands import Add, command_line
 
-Add = Callable[..., argparse.ArgumentParser]  # (name, run, help, overridable) -> the command's parser
 SHOWN = ("open", "dead", "load_cv", "entropy")
 
 
@@ -62,7 +61,7 @@ def sparsity(options: argparse.Namespace) -> None:
 
     if options.seeds < 1 or options.workers < 1:
         raise InputError("--seeds and --workers must be at least 1")
-    base, command = options.run_of(options.recipe, options.changes), "scalerec " + " ".join(sys.argv[1:])
+    base, command = options.run_of(options.recipe, options.changes), command_line()
     choices = {name: getattr(options, name) for name in ("experts", "ratios", "seeds", "workers")}
     found = study(base, options.out, **choices, command=command)
     print(to_json(found) if options.json else f"kept in {options.out}: report.md, sparsity.json, sparsity.png")

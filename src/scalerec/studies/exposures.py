@@ -1,7 +1,7 @@
 """What a service has shown, read back piece by piece: the exposure log's Parquet files.
 
-A row is one candidate of one request: request_id, time, model, version, bucket, user, item, place, score, one
-`score.<task>` a task, `raw.<column>` as the encoder got them, `encoded.<feature>` as it gave them to the model.
+A row is one candidate of one request: request_id, time, served_at, model, version, bucket, user, item, place, score,
+one `score.<task>` a task, `raw.<column>` as the encoder got them, `encoded.<feature>` as it gave them to the model.
 """
 
 from __future__ import annotations

@@ -24,15 +24,21 @@ class Keys(NamedTuple):
     time: np.ndarray  # [m] float64 in the log's unit
 
     @staticmethod
-    def of(rows: pa.RecordBatch, user: str, item: str | None, time: str | None) -> Keys:
-        """Of rows with these columns; without an item a row is known by its user, without a time all are at 0."""
+    def of(rows: pa.RecordBatch, user: str, item: str | None, time: str | None, unit: float = 1.0) -> Keys:
+        """Of rows with these columns; without an item a row is known by its user, without a time all are at 0.
+
+        Timestamps are counted in `unit` seconds, as the numbers of the other log are.
+        """
         pair = hash_column(rows.column(user), user)
         missing = pair == NO_VALUE
         if item is not None:
             of_item = hash_column(rows.column(item), item)
             pair, missing = mix(mix(pair) + of_item), missing | (of_item == NO_VALUE)
         pair = np.where(missing, NOBODY, pair)
-        return Keys(pair, np.zeros(rows.num_rows) if time is None else times_of(rows, time))
+        if time is None:
+            return Keys(pair, np.zeros(rows.num_rows))
+        times = times_of(rows, time)
+        return Keys(pair, times / unit if pa.types.is_temporal(rows.schema.field(time).type) else times)
 
     def take(self, index: np.ndarray) -> Keys:
         return Keys(self.pair[index], self.time[index])

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import chdtrc
 
 Z = 1.959963984540054  # of 95 %
 Z_POWER = 0.8416212335729143  # of 80 %
@@ -127,19 +128,7 @@ def sample_ratio(counts: Sequence[int], weights: Sequence[float]) -> tuple[float
     expected = [total * weight / whole for weight in weights if weight]
     found = [count for count, weight in zip(counts, weights) if weight]
     square = sum((count - e) ** 2 / e for count, e in zip(found, expected)) if total else 0.0
-    return square, chi_square_tail(square, len(found) - 1)
-
-
-def chi_square_tail(square: float, degrees: int) -> float:
-    """P(chi-square of so many degrees of freedom >= square): the finite sum for whole and half degrees."""
-    if degrees < 1 or square <= 0:
-        return 1.0
-    z, a = square / 2, 0.5 if degrees % 2 else 1.0
-    tail = math.erfc(math.sqrt(z)) if degrees % 2 else math.exp(-z)
-    while a < degrees / 2:  # Q(a + 1, z) = Q(a, z) + z^a e^-z / Gamma(a + 1)
-        tail += math.exp(a * math.log(z) - z - math.lgamma(a + 1))
-        a += 1
-    return min(tail, 1.0)
+    return square, float(chdtrc(len(found) - 1, square)) if len(found) > 1 else 1.0
 
 
 def holm(p: Sequence[float]) -> list[float]:

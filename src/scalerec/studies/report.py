@@ -59,9 +59,13 @@ def markdown(found: dict[str, Any]) -> str:
         if best:
             cells = " | | ".join(shown(best[metric], ".4f") for metric in metrics)
             lines.append(f"| *best reachable* | {cells} | |")
+    return "\n".join([*lines, "", *footer(found)])
+
+
+def footer(found: dict[str, Any]) -> list[str]:
+    """The command of a report and the machine it ran on."""
     facts = ", ".join(f"{key} {value}" for key, value in found["machine"].items() if value)
-    lines += ["", f"Command: `{found['command']}`", "", f"Machine: {facts}", ""]
-    return "\n".join(lines)
+    return [f"Command: `{found['command']}`", "", f"Machine: {facts}", ""]
 
 
 def _cells(entry: dict[str, Any]) -> tuple[str, str]:
@@ -78,10 +82,7 @@ def _cells(entry: dict[str, Any]) -> tuple[str, str]:
 
 def _figure(found: dict[str, Any], path: Path) -> None:
     """Differences to the first model with their intervals, one panel per task."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     others = found["models"][1:]
     if not others:
@@ -90,7 +91,8 @@ def _figure(found: dict[str, Any], path: Path) -> None:
     names = [model["name"].replace("+", "\n+") for model in others]  # a variant has a line for each change
     height = 0.6 * max(len(others), 0.4 * sum(name.count("\n") + 1 for name in names)) + 1.6
     size = (3.2 * len(tasks) + 0.2 + 0.08 * max(len(line) for name in names for line in name.split("\n")), height)
-    figure, axes = plt.subplots(1, len(tasks), figsize=size, sharey=True)
+    figure = Figure(figsize=size)
+    axes = figure.subplots(1, len(tasks), sharey=True)
     for axis, (task, metrics) in zip([axes] if len(tasks) == 1 else axes, tasks.items()):
         for y, model in enumerate(others):
             entry = model["tasks"].get(task, {}).get(metrics[0], {})
@@ -104,7 +106,6 @@ def _figure(found: dict[str, Any], path: Path) -> None:
     figure.supxlabel(f"x 100 minus that of {found['reference']}, 95 % interval", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _commit() -> str:

@@ -22,7 +22,7 @@ from scalerec.features.encoded import encoded_columns
 from scalerec.features.hashing import hash_column
 from scalerec.features.numeric import numbers
 from scalerec.models.base import Model
-from scalerec.schema import Cross, Feature, Numeric, Schema, Sequence
+from scalerec.schema import Numeric, Schema, reads
 from scalerec.studies.columns import Comparison, Kind
 from scalerec.studies.exposures import ENCODED, RAW, SCORE
 from scalerec.studies.score_skew import ScoreSkew
@@ -75,7 +75,7 @@ class Served:
             feature.name: Comparison(
                 feature.name,
                 kind="quantity" if isinstance(feature, Numeric) and feature.encoding == "linear" else "value",
-                shown=self.schema.user not in _columns(feature),
+                shown=self.schema.user not in reads(feature),
             )
             for feature in features
         }
@@ -195,15 +195,9 @@ def kind_of(column: str, schema: Schema) -> Kind:
     return "quantity" if column in numeric else "value"
 
 
-def _columns(feature: Feature) -> tuple[str, ...]:
-    if isinstance(feature, Cross):
-        return feature.of
-    return tuple(feature.list_columns()) if isinstance(feature, Sequence) else (feature.column or feature.name,)
-
-
 def _side(schema: Schema, column: str) -> str:
     """The side that reads the column; the user's where both do."""
-    sides: Iterator[str] = (group.side for group in schema.groups for f in group.features if column in _columns(f))
+    sides: Iterator[str] = (group.side for group in schema.groups for f in group.features if column in reads(f))
     return next(sides, "item")
 
 

@@ -20,7 +20,6 @@ from scalerec.data.histories import with_histories
 from scalerec.data.reader import ParquetRows, find_parquet
 from scalerec.data.split import NoSplit
 from scalerec.errors import InputError
-from scalerec.schema import Schema
 from scalerec.studies.exposures import RAW, Exposures
 from scalerec.studies.join import NOBODY, Keys, Match, match
 from scalerec.studies.report import machine
@@ -99,7 +98,7 @@ def _join(served: Served, shown: Exposures, files: ParquetRows, within: float) -
     time = None if schema.time is None else RAW + schema.time if RAW + schema.time in served.needed else "time"
     item = "item" if schema.item else None
     wanted = [name for name in ("user", item, time) if name is not None]
-    keys = Keys.cat([_keys(rows, item, time, schema) for rows in shown.pieces(wanted)])
+    keys = Keys.cat([Keys.of(rows, "user", item, time, schema.time_unit) for rows in shown.pieces(wanted)])
     log = TrainingRows(files, schema, np.unique(keys.pair))
     found = match(log.keys, keys, within)
     columns = [*schema.input_columns(), *(name for name in (schema.item, schema.time) if name is not None)]
@@ -113,13 +112,6 @@ def _join(served: Served, shown: Exposures, files: ParquetRows, within: float) -
             served.add_joined(rows.take(pa.array(joined)), log.take(index[joined], list(dict.fromkeys(columns))))
     served.look_for_stale(log)
     return _figures(found, keys, log, time or "")
-
-
-def _keys(rows: pa.RecordBatch, item: str | None, time: str | None, schema: Schema) -> Keys:
-    keys = Keys.of(rows, "user", item, time)
-    if time is not None and pa.types.is_temporal(rows.schema.field(time).type):
-        return keys._replace(time=keys.time / schema.time_unit)  # a moment, as the log's numbers count it
-    return keys
 
 
 def _blocks(pieces: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

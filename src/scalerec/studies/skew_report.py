@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from scalerec.results import shown, to_json
+from scalerec.studies.report import footer
 
 MOST_COLUMNS = 40  # in the picture
 
@@ -38,10 +39,7 @@ def markdown(found: dict[str, Any]) -> str:
     if found["not_encoded"]:
         lines += ["", f"Not in the exposure log: {', '.join(map(_escape, found['not_encoded']))}."]
     lines += ["", "## Scores, against the run's checkpoint on the same raw columns", "", *_scores(found["scores"])]
-    lines += ["", *_pairs(found)]
-    facts = ", ".join(f"{key} {value}" for key, value in found["machine"].items() if value)
-    lines += [f"Command: `{found['command']}`", "", f"Machine: {facts}", ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_pairs(found), *footer(found)])
 
 
 def _join(join: dict[str, Any]) -> list[str]:
@@ -114,15 +112,13 @@ def _escape(text: str) -> str:
 
 def _figure(found: dict[str, Any], path: Path) -> None:
     """The share of rows that differ, a bar each: raw columns, and features by the run's encoder."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     panels = [("raw columns", found["raw"]), ("encoded features", found["encoded"])]
     panels = [(title, sorted(rows, key=lambda e: -e["share"])[:MOST_COLUMNS]) for title, rows in panels if rows]
     tallest = max(len(rows) for _, rows in panels)
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 0.24 * tallest + 1.4), squeeze=False)
+    figure = Figure(figsize=(4.2 * len(panels), 0.24 * tallest + 1.4))
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (title, rows) in zip(axes[0], panels):
         shares = [100 * entry["share"] for entry in rows]
         beyond = [entry["share"] > found["tolerance"] for entry in rows]
@@ -137,4 +133,3 @@ def _figure(found: dict[str, Any], path: Path) -> None:
         axis.set_title(title, fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -33,6 +33,7 @@ from scalerec.data.split import PARTS, ColumnSplit, NoSplit, Part, Split, column
 from scalerec.errors import InputError
 from scalerec.features import history
 from scalerec.features.hashing import hash_column, mix
+from scalerec.features.lists import whole
 from scalerec.features.numeric import unix_seconds
 from scalerec.schema import Categorical, Group, Schema, Sequence, SequenceField, Side
 
@@ -202,7 +203,7 @@ class Sequences(Source):
             # Rows without a user have nothing in common: they are spread over all partitions.
             code = np.where(user.is_null().to_numpy(zero_copy_only=False), piece.index.astype(np.uint64), code)
             mine = mix(code) % np.uint64(partitions) == number
-            held = {name: _plain(piece.rows.column(name)) for name in columns}
+            held = {name: whole(piece.rows.column(name)) for name in columns}
             tables.append(pa.table(held | {ROW: piece.index}).filter(pa.array(mine)))
             parts.append(part[mine])
         return pa.concat_tables(tables, promote_options="permissive").combine_chunks(), np.concatenate(parts)
@@ -312,7 +313,3 @@ def _no_clash(added: set[str], there: list[str], source: Source) -> None:
     clash = next((name for name in there if name in added), None)
     if clash is not None:
         raise InputError(f"sequences of {source.kind}: {clash!r} is a name that sequences add: rename it there")
-
-
-def _plain(column: pa.Array) -> pa.Array:
-    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
