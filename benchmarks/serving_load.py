@@ -9,7 +9,8 @@ clients get who ask again when they are answered. Then, in open loop:
 70 %    no error; no growth of memory: its median in the last fifth of the time is within 2 % (or 8 MiB) of that in
         the second fifth; p99 <= 3 x p50
 300 %   refused with 503 or 429, a Retry-After and a JSON error, p99 of refusals <= the 25 ms that a request may wait
-        under overload; those who are accepted keep their p99: <= that at 70 % and those 25 ms
+        under overload; those who are accepted keep their p99: <= that at 70 % and those 25 ms; and are at least half
+        as many a second as the maximum
 after   70 % again: no error, p99 <= 1.5 x that of before
 """
 
@@ -178,6 +179,10 @@ def verdicts(found: dict[str, Any]) -> dict[str, tuple[bool, str]]:
         "accepted": (
             within(found["overload_accepted_p99_ms"], (steady or float("nan")) + wait),
             f"p99 {found['overload_accepted_p99_ms'] or float('nan'):.0f} ms, at 70 % {steady or float('nan'):.0f} ms",
+        ),
+        "goodput": (
+            found["overload_accepted_per_s"] >= 0.5 * found["most_per_s"],
+            f"{found['overload_accepted_per_s']:.0f} accepted a second of {found['most_per_s']:.0f} at most",
         ),
         "recovers": (
             not found["after_errors"] and within(found["after_p99_ms"], 1.5 * (steady or float("nan"))),

@@ -127,10 +127,10 @@ def _apart(arguments: list[str]) -> tuple[list[str], list[str]]:
     overrides: list[str] = []
     waits = False  # the path before has no value yet
     for word in arguments:
-        is_path = bool(re.fullmatch(r"--\w+(\.\w+)+", word))
+        is_path = re.fullmatch(r"--\w+(\.\w+)+(=.*)?", word, re.DOTALL)
         takes = waits and not word.startswith("--")
         (overrides if is_path or takes else own).append(word)
-        waits = is_path
+        waits = is_path is not None and "=" not in word
     return own, overrides
 
 

@@ -160,6 +160,9 @@ def test_overrides_may_stand_anywhere(capsys, complaint):
         assert main(["describe", *words, "--json"]) == 0
         told.append(capsys.readouterr().out)
     assert told[0] == told[1]
+    split = '--data.split={"kind": "random"}'
+    assert main(["describe", split, "dcnv2_movielens_100k", "--model.rank", "3", "--json"]) == 0
+    assert main(["describe", "dcnv2_movielens_100k", split, "--model.rank", "3", "--json"]) == 0
     for words in (["--model.rank", "--json"], ["--model.rank", "--training.epochs", "2"], ["--model.rank"]):
         complaint(main(["describe", "dcnv2_movielens_100k", *words]), "--model.rank: needs a value")
 
@@ -304,4 +307,16 @@ def test_prediction_over_existing_scores(train, log, tmp_path, complaint):
         "both: files of different columns",
         "not all have item_id: int",
     )
+    pq.write_table(rows.append_column("note", pa.nulls(rows.num_rows, pa.string())), tmp_path / "both/b.parquet")
+    complaint(main([*again[:2], str(tmp_path / "both"), *again[3:]]), "not all have note: string")
     assert sorted(path.name for path in tmp_path.glob("*.parquet")) == sorted({log.name, "scored.parquet"})
+
+
+def test_two_columns_of_one_name(train, log, tmp_path, complaint):
+    rows = pq.read_table(log)
+    pq.write_table(rows.append_column("price", rows["price"]), tmp_path / "twice.parquet")
+    words = ("twice.parquet: two columns are named 'price'",)
+    complaint(train(data=tmp_path / "twice.parquet"), *words)
+    complaint(main(["schema", "infer", str(tmp_path / "twice.parquet")]), *words)
+    pq.write_table(rows.append_column("note", rows["price"]).append_column("note", rows["price"]), log)
+    assert train() == 0  # nobody reads it

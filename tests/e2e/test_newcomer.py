@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import roc_auc_score
@@ -88,6 +89,55 @@ def test_infer_says_what_it_could_not_read(tmp_path, capsys):
     assert remarks["request_id"].startswith("another value in nearly every row")
     assert "item_id" not in remarks and schema["time"] is None
     assert "split at random" in remarks["time"] and "named like a time, but text" in remarks["shown_at"]
+
+
+def test_infer_leaves_out_what_no_feature_is_made_of(tmp_path, capsys):
+    table = shop(0, 1_000)
+    odd = {
+        "nothing": pa.nulls(1_000), "parts": pa.array([{"a": n} for n in range(1_000)]),
+        "vector": pa.array([[1.0, 2.0]] * 1_000, pa.list_(pa.float32(), 2)),
+    }  # fmt: skip
+    for name, column in odd.items():
+        table = table.append_column(name, column)
+    schema, remarks = inferred(table, tmp_path, capsys)
+    assert all(remarks[name].startswith("left out") for name in odd)
+    assert not odd.keys() & (features(schema, "user") | features(schema, "item"))
+
+
+def test_infer_takes_a_label_with_gaps_for_a_label(tmp_path, capsys):
+    """NaN is no value, as everywhere; a third value makes a column no label, and a remark."""
+    table = shop(0, 1_000)
+    gaps = np.where(np.arange(1_000) % 5, np.arange(1_000) % 2, np.nan)
+    table = table.append_column("is_bought", pa.array(gaps)).append_column("likes", pa.array(np.arange(1_000) % 3))
+    schema, remarks = inferred(table, tmp_path, capsys)
+    assert [task["name"] for task in schema["tasks"]] == ["click", "bought"]
+    assert remarks["likes"].startswith("known only after the row was shown?")
+
+
+def test_files_that_differ_a_little(tmp_path, log, train, capsys):
+    """Columns in another order, whole numbers that are decimals the next day, moments of two time zones."""
+    table, days = pq.read_table(log), tmp_path / "days"
+    days.mkdir()
+    at = table.column_names.index("shown_at")
+    for day, zone in enumerate(("UTC", "Europe/Berlin")):
+        moments = pc.multiply(table["shown_at"], 1_000_000).cast(pa.timestamp("us", "UTC"))
+        part = table.set_column(at, "shown_at", moments.cast(pa.timestamp("us", zone)))
+        part = part[2_850:] if day else part[:2_850]  # the test part has rows of both
+        if day:
+            user = part.column_names.index("user_id")
+            part = part.set_column(user, "user_id", part["user_id"].cast(pa.float64()))
+            part = part.select(part.column_names[::-1])
+        pq.write_table(part, days / f"{day}.parquet")
+    schema = tmp_path / "days.json"
+    assert main(["schema", "infer", str(days), "--out", str(schema)]) == 0
+    assert train(data=days, schema=schema) == 0
+    assert main(["evaluate", str(tmp_path / "run"), "--by", "user_id", "--json"]) == 0
+    slices = json.loads(capsys.readouterr().out.splitlines()[-1])
+    users = len(set(table["user_id"].to_pylist()[2_700:]))
+    assert [name for name in slices if not name.endswith(".0")] == [f"{users - 50} other values together"]
+    sequences = ["--data.of.path", str(days), "--data.of.schema_file", str(schema), "--training.tensorboard", "false"]
+    short = ["--training.epochs", "1", "--data.max_len", "8"]
+    assert main(["train", "sasrec_parquet", "--out", str(tmp_path / "next"), "--quiet", *sequences, *short]) == 0
 
 
 def test_infer_is_quiet_about_a_plain_log(tmp_path, capsys):

@@ -888,8 +888,14 @@ def test_fitting_in_pieces_is_fitting_at_once(rows, cut):
 
 
 def test_fractions_in_a_later_piece():
-    pieces = Encoder.fit(schema_of(), [rows_of(x=[1.0, 2.0]), rows_of(x=[2.5])])
-    assert pieces.encode(rows_of(x=[3.5])).items.ids.item() == UNKNOWN
+    pieces = [[1.0, 2.0], [2.5, 1.0]]
+    fitted = [Encoder.fit(schema_of(), [rows_of(x=piece) for piece in order]) for order in (pieces, pieces[::-1])]
+    for encoder in fitted:
+        assert encoder.encode(rows_of(x=[3.5])).items.ids.item() == UNKNOWN
+        found = encoder.encode(rows_of(x=[1.0, 2.0, 2.5])).items.ids[:, 0].tolist()
+        assert UNKNOWN not in found and found == fitted[0].encode(rows_of(x=[1.0, 2.0, 2.5])).items.ids[:, 0].tolist()
+    whole = Encoder.fit(schema_of(), [rows_of(x=[1.0, 2.0])])  # ids that stay: a fraction was never among them
+    assert whole.grown([rows_of(x=[2.5])]).encode(rows_of(x=[2.5])).items.ids.item() == UNKNOWN
 
 
 def test_no_rows():

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,6 +15,7 @@ from scalerec.batch import Jagged
 from scalerec.errors import InputError
 from scalerec.features.layout import FeatureLayout, GroupLayout, Layout, Table
 from scalerec.layers.heads import Heads, ProductHeads
+from scalerec.models.base import module_key
 from scalerec.models.hstu import HSTUConfig
 from scalerec.models.sasrec import SASRecConfig
 from scalerec.models.two_tower import TwoTowerConfig
@@ -229,6 +230,23 @@ def test_the_production_variant_learns_from_rows_alone():
     model = awake(HSTUConfig(goal="joint", actions="interleaved", variant="production", **RESEARCH), layout())
     terms = model.objective(batch([9, 5, 0], new=[9, 5, 0]))
     assert terms["like"].weight == 3 and terms["next"].weight == 2
+
+
+def test_features_may_have_any_name():
+    """A ModuleDict takes no dot, and no name of its own."""
+    plain = layout(context=True, slow=True)
+    names = {"city": "type", "tabs": "session.tabs", "events": "items"}
+    groups = [
+        group.model_copy(update={"features": tuple(
+            feature.model_copy(update={"name": names.get(feature.name, feature.name)}) for feature in group.features
+        )}) for group in plain.groups
+    ]  # fmt: skip
+    odd = HSTUConfig(**RESEARCH).build(plain.model_copy(update={"groups": tuple(groups)}))
+    assert {*odd.of_context, *odd.of_auxiliary} == {"type%", "session%2Etabs"}
+    assert {*HSTUConfig(**RESEARCH).build(plain).of_context} == {"city"}
+    keys = [module_key(name) for name in ("a", "a.b", "a%2Eb", "items", "items%", "training", "of")]
+    assert len(set(keys)) == len(keys)
+    nn.ModuleDict({key: nn.Identity() for key in keys})
 
 
 @pytest.mark.parametrize("timeless", [0, 1])

@@ -39,7 +39,8 @@ def test_the_largest_rate_is_found_by_halving(monkeypatch: pytest.MonkeyPatch):
 GOOD = {
     "steady_errors": 0, "wrong_answers": 0, "steady_p50_ms": 10.0, "steady_p99_ms": 25.0, "wait_ms": 100.0,
     "memory_mib_before": 500.0, "memory_mib_after": 505.0, "overload_refused": 10, "overload_other_errors": 0,
-    "overload_refused_p99_ms": 20.0, "overload_accepted_p99_ms": 110.0, "after_errors": 0, "after_p99_ms": 30.0,
+    "overload_refused_p99_ms": 20.0, "overload_accepted_p99_ms": 110.0, "overload_accepted_per_s": 50.0,
+    "most_per_s": 100.0, "after_errors": 0, "after_p99_ms": 30.0,
 }  # fmt: skip
 
 
@@ -56,6 +57,7 @@ GOOD = {
         ({"overload_refused_p99_ms": 150.0}, {"refusals"}),
         ({"overload_accepted_p99_ms": 130.0}, {"accepted"}),
         ({"overload_accepted_p99_ms": None}, {"accepted"}),
+        ({"overload_accepted_per_s": 49.0}, {"goodput"}),
         ({"after_p99_ms": 40.0}, {"recovers"}),
         ({"after_errors": 1}, {"recovers"}),
         ({"steady_p99_ms": None}, {"tail", "accepted", "recovers"}),

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from scalerec.data.parts import write_parts
+from scalerec.data.parts import together, write_parts
 from scalerec.data.source import Prepared, kept
 from scalerec.errors import InputError
 from scalerec.features import history
@@ -56,25 +56,11 @@ def _replay(files: list[Path], schema: Schema, folder: Path, progress: Callable[
     tables = []
     for file in files:
         try:
-            tables.append(_in_utc(pq.read_table(file)))
+            tables.append(pq.read_table(file))
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{file}: not a readable Parquet file ({error}); repair it or take it out") from None
-    try:
-        log = pa.concat_tables(tables, promote_options="permissive")
-    except pa.ArrowException as error:
-        raise InputError(f"{many}: the files do not go together ({error})") from None
+    log = together(tables, many)
     if schema.new_events and schema.new_events not in log.column_names:
         log = log.append_column(schema.new_events, pa.array(np.zeros(log.num_rows, np.int64)))
     write_parts(folder, history.replay_pieces(schema, log))
     return {"rows": log.num_rows, "histories": [sequence.name for sequence in schema.sequences]}
-
-
-def _in_utc(table: pa.Table) -> pa.Table:
-    """Moments of all time zones in one, so that files of several go together."""
-    fields = [
-        pa.field(field.name, pa.timestamp(field.type.unit, "UTC"))
-        if pa.types.is_timestamp(field.type) and field.type.tz
-        else field
-        for field in table.schema
-    ]
-    return table.cast(pa.schema(fields))

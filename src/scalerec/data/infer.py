@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from scalerec.data.parts import together
 from scalerec.data.reader import ParquetRows
 from scalerec.errors import InputError
 from scalerec.schema import Categorical, Feature, Group, MultiCategorical, Numeric, Schema, Task
@@ -64,7 +65,7 @@ def infer(rows: ParquetRows) -> tuple[Schema, list[str]]:
         if feature is None:
             remarks.append(f"{name}: left out ({column.type}, or one value only)")
             continue
-        if OUTCOME.search(name):
+        if OUTCOME.search(name) or (name in named and name not in of_user):
             remarks.append(f"{name}: known only after the row was shown? Then take it out, or the scores are too good")
         if feature.kind == "categorical" and name != user and _is_unlike(column):
             remarks.append(f"{name}: another value in nearly every row, of which nothing can be learned: take it out")
@@ -94,11 +95,11 @@ def _sample(rows: ParquetRows) -> pa.Table:
     """The first rows, categories of pandas as the text that they are."""
     pieces, count = [], 0
     for batch in rows.batches("train"):
-        pieces.append(batch)
+        pieces.append(pa.Table.from_batches([batch]))
         count += batch.num_rows
         if count >= SAMPLE:
             break
-    table = pa.Table.from_batches(pieces)
+    table = together(pieces, "schema infer")
     plain = [f.with_type(f.type.value_type) if pa.types.is_dictionary(f.type) else f for f in table.schema]
     return table.cast(pa.schema(plain)).combine_chunks()
 
@@ -109,8 +110,10 @@ def _feature(name: str, column: pa.ChunkedArray) -> Feature | None:
         if pa.types.is_nested(kind.value_type) or pa.types.is_floating(kind.value_type):
             return None
         return MultiCategorical(name=name, note="a list: a past of the user would be a `sequence` (docs/data.md)")
+    if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_null(kind):
+        return None
     distinct = pc.count_distinct(column).as_py()
-    if distinct < 2 or pa.types.is_nested(kind) or pa.types.is_binary(kind):
+    if distinct < 2:
         return None
     note = f"{distinct:,} distinct values in {len(column):,} rows"
     if _is_text(column):
@@ -147,7 +150,7 @@ def _is_binary(column: pa.ChunkedArray) -> bool:
     kind = column.type
     if not (pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)):
         return False
-    return set(pc.unique(column.drop_null()).to_pylist()) == {0, 1}
+    return {value for value in pc.unique(column.drop_null()).to_pylist() if value == value} == {0, 1}  # NaN is missing
 
 
 def _is_time(table: pa.Table, name: str) -> bool:

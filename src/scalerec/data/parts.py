@@ -8,9 +8,34 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from scalerec.errors import InputError
+
 ROW_GROUP = 65_536
 GROUPS_A_PART = 16
 EARLIER = "earlier"  # a folder beside the parts
+
+
+def together(tables: Sequence[pa.Table], what: str) -> pa.Table:
+    """Rows of several files in one table, moments of all time zones in UTC, numbers as wide as the widest.
+
+    Raises:
+        InputError: a column has types that do not go together.
+    """
+    try:
+        return pa.concat_tables([table.cast(_in_utc(table.schema)) for table in tables], promote_options="permissive")
+    except pa.ArrowException as error:
+        raise InputError(f"{what}: the files do not go together ({error})") from None
+
+
+def _in_utc(schema: pa.Schema) -> pa.Schema:
+    return pa.schema(
+        [
+            field.with_type(pa.timestamp(field.type.unit, "UTC"))
+            if pa.types.is_timestamp(field.type) and field.type.tz
+            else field
+            for field in schema
+        ]
+    )
 
 
 def write_parts(folder: Path, pieces: Iterable[pa.Table]) -> int:

@@ -320,8 +320,7 @@ def _collect(
     statistics: dict[str, NumericStatistics] = {}
     for feature in schema.features:
         if isinstance(feature, (Categorical, MultiCategorical)) and feature.vocabulary == "dictionary":
-            counts[feature.name] = ValueCounts()
-            counts[feature.name].integer = known[feature.name].integer if known else None
+            counts[feature.name] = ValueCounts(known[feature.name].integer if known else None)
         elif isinstance(feature, Numeric):
             statistics[feature.name] = NumericStatistics(feature)
     for batch in rows:

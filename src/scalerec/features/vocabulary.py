@@ -104,15 +104,21 @@ class HashVocabulary:
 class ValueCounts:
     """How often each value occurred, over any number of column pieces."""
 
-    def __init__(self) -> None:
+    def __init__(self, integer: bool | None = None) -> None:
         self.counts: Counter[int | str] = Counter()
-        self.integer: bool | None = None
+        self.integer = integer
+        self._grows = integer is not None  # a dictionary whose ids stay
 
     def add(self, column: pa.Array, name: str) -> None:
-        column = keys(column, name, self.integer).drop_null()
-        if self.integer is None and len(column):
-            self.integer = pa.types.is_integer(column.type)
-        for entry in pc.value_counts(column).to_pylist():
+        found = keys(column, name, self.integer).drop_null()
+        if self.integer is None and len(found):
+            self.integer = pa.types.is_integer(found.type)
+        elif self.integer and not self._grows and pc.any(pc.equal(found, _FRACTION)).as_py():
+            # All numbers were whole so far: they get the texts that they would have had beside a fraction.
+            texts = pa.array(self.counts, pa.int64()).cast(pa.float64()).cast(pa.large_string()).to_pylist()
+            self.counts, self.integer = Counter(dict(zip(texts, self.counts.values()))), False
+            found = keys(column, name, self.integer).drop_null()
+        for entry in pc.value_counts(found).to_pylist():
             if entry["values"] != _FRACTION:
                 self.counts[entry["values"]] += entry["counts"]
 

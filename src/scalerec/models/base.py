@@ -118,6 +118,12 @@ class Joined(NamedTuple):
     pasts: dict[str, EmbeddedSequence]  # those that the rows will read
 
 
+def module_key(name: str) -> str:
+    """A feature's name as a key of a ModuleDict, which takes no dot and no name that it has itself."""
+    key = name.replace("%", "%25").replace(".", "%2E")
+    return f"{key}%" if hasattr(nn.ModuleDict(), key) else key
+
+
 class FeatureJoin(nn.Module):
     """Concatenates a layout's features, and decides on which side each past lands.
 
@@ -134,21 +140,23 @@ class FeatureJoin(nn.Module):
         self.queries: dict[str, list[slice]] = {}
         for past in self.sequences:
             if sequence == "din" and all(name in items for name in past.query):
-                self.din[past.name] = DIN(past.width)
+                self.din[module_key(past.name)] = DIN(past.width)
                 self.queries[past.name] = [columns_of(layout.sides["item"].flat, name) for name in past.query]
-        self.means = [past for past in self.sequences if past.name not in self.din]
+        self.means = [past for past in self.sequences if past.name not in self.queries]
         self.user_width = layout.sides["user"].flat_width + sum(past.width for past in self.means)
-        self.item_width = layout.sides["item"].flat_width + sum(p.width for p in self.sequences if p.name in self.din)
+        self.item_width = layout.sides["item"].flat_width + sum(
+            p.width for p in self.sequences if p.name in self.queries
+        )
         self.width = self.user_width + self.item_width
 
     def user_side(self, user: Embedded) -> Joined:
         means = [masked_mean(user.sequences[past.name]) for past in self.means]
-        return Joined(torch.cat([user.flat, *means], 1), {name: user.sequences[name] for name in self.din})
+        return Joined(torch.cat([user.flat, *means], 1), {name: user.sequences[name] for name in self.queries})
 
     def item_side(self, joined: Joined, items: Embedded, user_of_row: Tensor) -> Tensor:
         """[B, W_item]: the rows' own features, then one vector per past that is read by the candidate."""
         pasts = []
-        for name, din in self.din.items():
+        for name, din in zip(self.queries, self.din.values()):
             query = torch.cat([items.flat[:, columns] for columns in self.queries[name]], 1)
             pasts.append(din(query, joined.pasts[name], user_of_row))
         return torch.cat([items.flat, *pasts], 1)
@@ -158,7 +166,7 @@ class FeatureJoin(nn.Module):
         group_of = {f.name: g.name for g in self.layout.groups for f in g.features}
         sides = {
             "user": self.layout.sides["user"].flat + self.means,
-            "item": self.layout.sides["item"].flat + [p for p in self.sequences if p.name in self.din],
+            "item": self.layout.sides["item"].flat + [p for p in self.sequences if p.name in self.queries],
         }
         found = []
         for side, features in sides.items():
@@ -170,7 +178,7 @@ class FeatureJoin(nn.Module):
 
     def macs(self, batch: Batch) -> int:
         total = 0
-        for name, din in self.din.items():
+        for name, din in zip(self.queries, self.din.values()):
             assert isinstance(din, DIN)
             lengths = batch.user.lists[name].lengths
             pairs = int(lengths[batch.user_of_row].sum())

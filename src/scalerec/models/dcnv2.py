@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from scalerec.batch import Batch, Outputs
@@ -21,7 +22,7 @@ class DCNv2Config(ModelConfig):
     rank: int = 0  # 0: full W x W matrices
     hidden: tuple[int, ...] = (512, 256)
     structure: Literal["parallel", "stacked"] = "parallel"
-    dropout: float = 0.0
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     head: HeadKind = "linear"
     head_hidden: int = 128
     sequence: Literal["din", "mean"] = "din"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from scalerec.batch import Batch, Outputs
@@ -18,7 +19,7 @@ from scalerec.models.base import FeatureJoin, Joined, Model, ModelConfig, count
 class DLRMMLPConfig(ModelConfig):
     kind: str = "dlrm_mlp"
     hidden: tuple[int, ...] = (1024, 512, 256)
-    dropout: float = 0.0
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     head: HeadKind = "linear"
     head_hidden: int = 128
     sequence: Literal["din", "mean"] = "din"

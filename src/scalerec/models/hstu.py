@@ -22,7 +22,7 @@ from scalerec.layers.embedding import Embedded
 from scalerec.layers.heads import Heads, ProductHeads
 from scalerec.layers.hstu import TIME_BUCKETS, HSTULayer
 from scalerec.losses import Term, binary_cross_entropy
-from scalerec.models.base import columns_of, count
+from scalerec.models.base import columns_of, count, module_key
 from scalerec.models.sequential import Encoded, Events, SequentialConfig, SequentialModel, start_items
 from scalerec.ops.candidate_attention import candidate_attention, candidate_pairs
 from scalerec.ops.hstu_attention import AttentionPlan, attention_plan, bucket, hstu_attention
@@ -133,9 +133,9 @@ class HSTU(SequentialModel):
         if self.ranks and self.action is not None and config.actions == "additive":
             self.to_come = nn.Parameter(0.02 * torch.randn(d))
         self.auxiliary = self.slow_series() if config.auxiliary else []
-        self.of_auxiliary = nn.ModuleDict({s.name: nn.Linear(s.width, d) for s in self.auxiliary})
+        self.of_auxiliary = nn.ModuleDict({module_key(s.name): nn.Linear(s.width, d) for s in self.auxiliary})
         self.context: list[FeatureLayout] = user.flat if config.context else []
-        self.of_context = nn.ModuleDict({f.name: nn.Linear(f.width, d) for f in self.context})
+        self.of_context = nn.ModuleDict({module_key(f.name): nn.Linear(f.width, d) for f in self.context})
         self.interleaved = self.action is not None and config.actions == "interleaved"
         # An additive token holds its own action: only rows can be asked. In production see `new_events`.
         self.ranks_past = self.ranks and self.interleaved and not production
@@ -253,13 +253,13 @@ class HSTU(SequentialModel):
         for series in self.auxiliary:
             past = Events.of(user.sequences[series.name])
             assert past.times is not None  # chosen so
-            place = torch.arange(len(past.user), device=device)
-            streams.append(Stream(self.of_auxiliary[series.name](past.vectors), past.user, past.times, 2, place))
+            slow = self.of_auxiliary[module_key(series.name)](past.vectors)
+            streams.append(Stream(slow, past.user, past.times, 2, torch.arange(len(past.user), device=device)))
         everyone = torch.arange(users, device=device)
         before = torch.full((users,), -torch.inf, dtype=torch.float64, device=device)
         user_side = self.layout.sides["user"].flat
         for j, feature in enumerate(self.context):
-            own = self.of_context[feature.name](user.flat[:, columns_of(user_side, feature.name)])
+            own = self.of_context[module_key(feature.name)](user.flat[:, columns_of(user_side, feature.name)])
             streams.append(Stream(own, everyone, before, 0, torch.full_like(everyone, j)))
         tokens = merge(streams, users)
         # The prefix happens at the first event, without one at the request.

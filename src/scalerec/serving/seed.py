@@ -210,7 +210,7 @@ def _read(files: ParquetRows, columns: list[str], split: Split) -> tuple[pa.Tabl
     """The log in the order of the files, and the part [n] of each row as an index into PARTS."""
     tables, parts = [], []
     for piece in files.pieces("train", list(dict.fromkeys([*columns, *columns_of(split)]))):
-        tables.append(pa.table({name: whole(pa.chunked_array([piece.rows.column(name)])) for name in columns}))
+        tables.append(pa.table({name: whole(piece.rows.column(name)) for name in columns}))
         parts.append(split.part_of(piece.rows, int(piece.index[0])))
     return _together(tables), np.concatenate(parts)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from scalerec.batch import Batch, Jagged, Rows
 from scalerec.data.reader import ParquetRows
+from scalerec.errors import InputError
 from scalerec.features.encoder import Encoder
 from scalerec.models.base import Model
 from scalerec.models.sequential import SequentialModel
@@ -22,10 +23,13 @@ ROWS = 512  # the batch of the paper's FLOPs column
 
 def describe(run: Run) -> dict[str, Any]:
     """Figures of a run's model on its data, for a batch of 512 rows; nothing of the model is allocated."""
-    rows = ParquetRows.of(run.data, run.data.prepare())
+    rows = ParquetRows.of(run.data, run.data.prepare(), skip_bad_shards=run.skip_bad_shards)
     schema = run.schema()
     encoder = Encoder.fit(schema, rows.batches("train", schema.input_columns()))
-    batch = encoder.encode(next(b for b in rows.batches("train") if b.num_rows).slice(0, ROWS))
+    piece = next((piece for piece in rows.batches("train") if piece.num_rows), None)
+    if piece is None:
+        raise InputError("the train part holds no rows: move the cuts of --data.split")
+    batch = encoder.encode(piece.slice(0, ROWS))
     with torch.device("meta"):
         model = run.model.build(encoder.layout)
     found = {**figures(model, batch), "name": run.name, "tokens": tokens(model), "groups": groups(model)}

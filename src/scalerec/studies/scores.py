@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,9 @@ def score_files(
     files = find_parquet(source)
     if out.resolve() in [file.resolve() for file in files]:
         raise InputError(f"--out {out}: one of the files to score: name another")
-    kept = ParquetRows(files, NoSplit(), skip_bad_shards=skip_bad_shards).columns
-    files = with_histories(files, saved.encoder.schema, progress).files
+    brought, schema = ParquetRows(files, NoSplit(), skip_bad_shards=skip_bad_shards).columns, saved.encoder.schema
+    made = {name for sequence in schema.sequences for name in sequence.list_columns()} | {schema.new_events}
+    files = with_histories(files, schema, progress).files
     rows = ParquetRows(files, NoSplit(), skip_bad_shards=skip_bad_shards)
     names = [f"score_{task}" for task in saved.layout.tasks]
     clash = [name for name in names if name in rows.columns]
@@ -53,7 +54,7 @@ def score_files(
     count, counts = 0, Counter[str]()
     try:
         writer = None
-        for scored in _scored(saved, model, rows, kept, names, counts):
+        for scored in _scored(saved, model, rows, made - set(brought), names, counts):
             writer = writer or pq.ParquetWriter(temporary, scored.schema, compression="zstd")
             mine, first = list(scored.schema), list(writer.schema)
             odd = next((field for field in mine + first if (field in mine) != (field in first)), None)
@@ -73,10 +74,10 @@ def score_files(
 
 
 def _scored(
-    saved: checkpoint.Checkpoint, model: Model, rows: ParquetRows, kept: list[str], names: list[str],
+    saved: checkpoint.Checkpoint, model: Model, rows: ParquetRows, made: Collection[str | None], names: list[str],
     counts: Counter[str],
 ) -> Iterator[pa.RecordBatch]:  # fmt: skip
-    """The columns `kept` of all rows, and beside them their scores."""
+    """The columns of all rows but those that were made, and beside them their scores."""
     for piece in rows.pieces("train"):
         if not piece.rows.num_rows:
             continue
@@ -87,6 +88,6 @@ def _scored(
         with torch.inference_mode():
             parts = torch.arange(len(batch)).split(BATCH)
             scores = torch.cat([torch.sigmoid(model(batch.take(part)).logits) for part in parts]).numpy()
-        given = piece.rows.select([name for name in piece.rows.schema.names if name in kept])
+        given = piece.rows.select([name for name in piece.rows.schema.names if name not in made])
         arrays = [*given.columns, *(pa.array(np.ascontiguousarray(scores[:, j])) for j in range(len(names)))]
         yield pa.RecordBatch.from_arrays(arrays, names=[*given.schema.names, *names])

@@ -13,6 +13,7 @@ from scalerec.batch import UNKNOWN
 from scalerec.config import override, parse
 from scalerec.data.histories import with_histories
 from scalerec.data.loader import Loader
+from scalerec.data.parts import together
 from scalerec.data.reader import ParquetRows, find_parquet
 from scalerec.data.split import NoSplit, Part
 from scalerec.errors import InputError
@@ -115,8 +116,8 @@ def _values(rows: ParquetRows, part: Part, by: str, encoder: Encoder, prediction
         column = feature.column or feature.name
         unknown = [vocabulary.ids(b.column(column), column) == UNKNOWN for b in rows.batches(part, [column])]
         return np.where(np.concatenate(unknown), "new", "known")
-    values = [b.column(by) for b in rows.batches(part, [by])]
-    flat = pa.chunked_array(values)
+    pieces = [pa.table({by: piece.column(by)}) for piece in rows.batches(part, [by])]
+    flat = together(pieces, f"--by {by}").column(by)
     if pa.types.is_nested(flat.type):
         raise InputError(f"--by {by}: is {flat.type}; slice by a column of single values")
     return np.asarray([str(value) for value in flat.to_pylist()])

@@ -79,7 +79,7 @@ def planned(base: Run, experts: int, ratios: tuple[float, ...]) -> dict[Run, tup
 def _frequency(run: Run, folder: Path) -> Any:
     """[L, T, E] on the test rows."""
     saved = checkpoint.load(folder)
-    rows = ParquetRows.of(run.data, run.data.prepare())
+    rows = ParquetRows.of(run.data, run.data.prepare(), skip_bad_shards=run.skip_bad_shards)
     return frequency(saved.model(), Loader(rows, saved.encoder, "test", BATCH))
 
 

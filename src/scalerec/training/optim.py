@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeFloat, model_validator
 from torch import Tensor, nn
 
 from scalerec.config import Config
@@ -29,14 +29,14 @@ class OptimizerConfig(Config):
     """Defaults for small data; RankMixer's paper has RMSProp at 0.01 for the dense part, Adagrad for the tables."""
 
     dense: DenseKind = "rmsprop"
-    lr: float = 1e-3
+    lr: NonNegativeFloat = 1e-3
     smoothing: float = 0.99  # rmsprop
     betas: tuple[Beta, Beta] = (0.9, 0.999)  # adamw, of the dense part and of the tables
-    weight_decay: float = 0.0  # adamw: decoupled; rmsprop: added to the gradient
-    eps: float = 1e-8
+    weight_decay: NonNegativeFloat = 0.0  # adamw: decoupled; rmsprop: added to the gradient
+    eps: NonNegativeFloat = 1e-8
     embedding: SparseKind = "adagrad"  # dense: the tables are parameters like all others, with their optimiser and rate
-    embedding_lr: float = 0.05
-    embedding_eps: float = 1e-8
+    embedding_lr: NonNegativeFloat = 0.05
+    embedding_eps: NonNegativeFloat = 1e-8
     embedding_weight_decay: float = Field(default=0.0, ge=0)  # adamw: decoupled, of touched rows
     embedding_state: Literal["weights", "host"] = "weights"  # lies where the tables do, or in host memory
     clip: float = 1.0  # global norm of the dense gradients; 0: off

@@ -26,7 +26,7 @@ import pyarrow as pa
 from pydantic import BeforeValidator, PositiveFloat, PositiveInt, SerializeAsAny, model_validator
 
 from scalerec.config import component
-from scalerec.data.parts import ROW_GROUP, earlier, write_parts
+from scalerec.data.parts import ROW_GROUP, earlier, together, write_parts
 from scalerec.data.reader import ParquetRows
 from scalerec.data.source import Source
 from scalerec.data.split import PARTS, ColumnSplit, NoSplit, Part, Split, columns_of
@@ -206,7 +206,7 @@ class Sequences(Source):
             held = {name: whole(piece.rows.column(name)) for name in columns}
             tables.append(pa.table(held | {ROW: piece.index}).filter(pa.array(mine)))
             parts.append(part[mine])
-        return pa.concat_tables(tables, promote_options="permissive").combine_chunks(), np.concatenate(parts)
+        return together(tables, f"sequences of {self.of.kind}").combine_chunks(), np.concatenate(parts)
 
 
 class _Examples(NamedTuple):
