@@ -127,17 +127,15 @@ class ParquetRows:
             coded = _coded(metadata, group.number, wanted) if dictionaries and wanted is not None else None
             with pq.ParquetFile(group.file, metadata=metadata, read_dictionary=coded) as file:
                 names = file.schema_arrow.names
-                if len(set(names)) < len(names):
-                    read = names if wanted is None else wanted
-                    doubled = next((name for name in read if names.count(name) > 1), None)
-                    if doubled is not None:
-                        raise InputError(f"{group.file}: two columns are named {doubled!r}: rename one of them")
                 if wanted is not None:
                     needed = [*wanted, *columns_of(self.split), *([self.row_column] if self.row_column else [])]
                     absent = [column for column in needed if column not in names]
                     if absent:
                         raise InputError(f"{group.file}: no column {absent[0]!r}; it has {', '.join(names[:30])}")
-                    wanted = [column for column in names if column in needed]
+                    wanted = names = [column for column in names if column in needed]
+                if len(set(names)) < len(names):
+                    doubled = next(name for name in names if names.count(name) > 1)
+                    raise InputError(f"{group.file}: two columns are named {doubled!r}: rename one of them")
                 yield from file.iter_batches(PIECE_ROWS, row_groups=[group.number], columns=wanted)
         except (pa.ArrowException, OSError) as error:
             self._bad(group.file, error)

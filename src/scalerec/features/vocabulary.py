@@ -113,14 +113,14 @@ class ValueCounts:
         found = keys(column, name, self.integer).drop_null()
         if self.integer is None and len(found):
             self.integer = pa.types.is_integer(found.type)
-        elif self.integer and not self._grows and pc.any(pc.equal(found, _FRACTION)).as_py():
+        counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(found).to_pylist()}
+        if _FRACTION in counts and not self._grows:
             # All numbers were whole so far: they get the texts that they would have had beside a fraction.
             texts = pa.array(self.counts, pa.int64()).cast(pa.float64()).cast(pa.large_string()).to_pylist()
             self.counts, self.integer = Counter(dict(zip(texts, self.counts.values()))), False
-            found = keys(column, name, self.integer).drop_null()
-        for entry in pc.value_counts(found).to_pylist():
-            if entry["values"] != _FRACTION:
-                self.counts[entry["values"]] += entry["counts"]
+            return self.add(column, name)
+        counts.pop(_FRACTION, None)
+        self.counts.update(counts)
 
     def vocabulary(self, min_count: int) -> Vocabulary:
         """The values that occurred at least `min_count` times, in the order of the values."""

@@ -250,16 +250,16 @@ class HSTU(SequentialModel):
         streams = [Stream(vectors, events.user, times, 1, 2 * index)]
         if acted is not None:
             streams.append(Stream(acted, events.user, times, 1, 2 * index + 1))
-        for series in self.auxiliary:
+        for series, into in zip(self.auxiliary, self.of_auxiliary.values()):
             past = Events.of(user.sequences[series.name])
             assert past.times is not None  # chosen so
-            slow = self.of_auxiliary[module_key(series.name)](past.vectors)
-            streams.append(Stream(slow, past.user, past.times, 2, torch.arange(len(past.user), device=device)))
+            place = torch.arange(len(past.user), device=device)
+            streams.append(Stream(into(past.vectors), past.user, past.times, 2, place))
         everyone = torch.arange(users, device=device)
         before = torch.full((users,), -torch.inf, dtype=torch.float64, device=device)
         user_side = self.layout.sides["user"].flat
-        for j, feature in enumerate(self.context):
-            own = self.of_context[module_key(feature.name)](user.flat[:, columns_of(user_side, feature.name)])
+        for j, (feature, into) in enumerate(zip(self.context, self.of_context.values())):
+            own = into(user.flat[:, columns_of(user_side, feature.name)])
             streams.append(Stream(own, everyone, before, 0, torch.full_like(everyone, j)))
         tokens = merge(streams, users)
         # The prefix happens at the first event, without one at the request.
