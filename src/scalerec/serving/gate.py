@@ -120,9 +120,10 @@ class Gate:
 
     def _check_host(self, host: bytes | None, origin: bytes | None) -> None:
         """A browser says in Host which name it took this machine for, and in Origin whose page asks."""
-        name = _name(host or b"")
-        if self._names is not None and name not in self._names and not is_loopback(name):
-            raise Refused(421, "this service is not at that host: name it with --name", "Host")
+        if self._names is not None:
+            name = _name(host or b"")
+            if name not in self._names and not is_loopback(name):
+                raise Refused(421, "this service is not at that host: name it with --name", "Host")
         if origin is not None and origin.partition(b"://")[2] != host:
             raise Refused(403, "pages of other sites may not ask this service", "Origin")
 
